@@ -1,0 +1,33 @@
+"""The errors a user is meant to read.
+
+Each says where (file, row, key), what was found, what was expected and how to mend it. Anything else that is
+raised is a bug of ours and shows its traceback.
+"""
+
+
+class UserError(Exception):
+    """Bad input or configuration: the message alone is enough to mend it."""
+
+
+class ConfigurationError(UserError):
+    """A key, type or path in a pipeline's YAML (or in a run's overrides) cannot be right."""
+
+
+class SourceError(UserError):
+    """A raw file cannot be read as what the pipeline says it is."""
+
+
+class CleaningError(UserError):
+    """Nothing trustworthy is left after cleaning, or a promise about the splits cannot be kept."""
+
+
+class ModelError(UserError):
+    """A model cannot be found, is not the one that was asked for, or cannot be loaded."""
+
+
+class ArtifactError(UserError):
+    """An artifact is missing, incomplete or not the one its manifest describes."""
+
+
+class TrainingError(UserError):
+    """A training cannot start or has failed; carries the first failing rank's cause."""

@@ -1,0 +1,165 @@
+"""A bi-encoder as every stage uses it: one folder in, one float32 matrix out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+from embed_pipeline.models.precision import autocast, default_device, resolve_precision
+from embed_pipeline.models.source import weights_digest
+from embed_pipeline.settings import EncodingSettings, Precision
+
+PASSAGE_PROMPT_NAMES = ("document", "passage", "corpus")
+
+
+def load_sentence_transformer(
+    folder: Path,
+    encoding: EncodingSettings | None = None,
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> SentenceTransformer:
+    """Load a model folder and lay `encoding` over what the folder itself says.
+
+    Prompts, pooling, normalisation and both maximum lengths are set on the model, so saving it saves them, and any
+    later load without `encoding` encodes the same way.
+    """
+    encoding = encoding or EncodingSettings()
+    model = SentenceTransformer(
+        str(folder), device=device or default_device(), trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    if encoding.query_prompt is not None:
+        model.prompts["query"] = encoding.query_prompt
+    if encoding.passage_prompt is not None:
+        for name in PASSAGE_PROMPT_NAMES:
+            model.prompts.pop(name, None)
+        model.prompts["document"] = encoding.passage_prompt
+    if encoding.pooling is not None:
+        _set_pooling(model, encoding.pooling)
+    if encoding.normalize is not None:
+        _set_normalize(model, encoding.normalize)
+    transformer = model[0]
+    if encoding.query_max_length is not None:
+        transformer.query_length = encoding.query_max_length
+    if encoding.passage_max_length is not None:
+        transformer.document_length = encoding.passage_max_length
+    if encoding.query_max_length is not None or encoding.passage_max_length is not None:
+        # max_seq_length is what a user sees who encodes without saying whether it is a query.
+        longest = max(encoding.query_max_length or 0, encoding.passage_max_length or 0)
+        model.max_seq_length = min(longest, _position_limit(model) or longest)
+    return model
+
+
+def encoding_of(model: SentenceTransformer) -> EncodingSettings:
+    """What `load_sentence_transformer` ended up with, every field filled in."""
+    transformer = model[0]
+    pooling = next((module.pooling_mode for module in model if isinstance(module, Pooling)), "mean")
+    if not isinstance(pooling, str):
+        pooling = pooling[0]
+    passage_prompt = next((model.prompts[name] for name in PASSAGE_PROMPT_NAMES if model.prompts.get(name)), "")
+    return EncodingSettings(
+        query_prompt=model.prompts.get("query") or "",
+        passage_prompt=passage_prompt,
+        query_max_length=getattr(transformer, "query_length", None) or model.max_seq_length,
+        passage_max_length=getattr(transformer, "document_length", None) or model.max_seq_length,
+        pooling=pooling,  # type: ignore[arg-type]
+        normalize=any(isinstance(module, Normalize) for module in model),
+    )
+
+
+class Embedder:
+    """Encodes queries and passages; rows are L2-normalised, so a dot product is the cosine similarity.
+
+    With `cache_folder`, a list of texts that was encoded before by the same weights, encoding and precision is read
+    back instead of encoded again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        encoding: EncodingSettings | None = None,
+        *,
+        precision: Precision = "auto",
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        cache_folder: Path | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        self.device = device or default_device()
+        self.precision = resolve_precision(precision, self.device)
+        self.folder = folder
+        self.batch_size = batch_size
+        self.cache_folder = cache_folder
+        self.model = load_sentence_transformer(
+            folder, encoding, device=self.device, trust_remote_code=trust_remote_code
+        )
+        self.model.eval()
+        self.encoding = encoding_of(self.model)
+        self._digest: str | None = None
+
+    def encode_queries(self, texts: Sequence[str], *, progress: bool = True) -> np.ndarray:
+        """(n,) texts -> (n, dimension) float32, unit rows."""
+        return self._encode(texts, "query", progress)
+
+    def encode_passages(self, texts: Sequence[str], *, progress: bool = True) -> np.ndarray:
+        """(n,) texts (see `tables.passage_text`) -> (n, dimension) float32, unit rows."""
+        return self._encode(texts, "document", progress)
+
+    def _encode(self, texts: Sequence[str], task: str, progress: bool) -> np.ndarray:
+        cached = self._cache_file(texts, task) if self.cache_folder is not None else None
+        if cached is not None and cached.is_file():
+            return np.load(cached)
+        encode = self.model.encode_query if task == "query" else self.model.encode_document
+        with autocast(self.precision, self.device):
+            # SentenceTransformer.encode sorts by length itself, so short texts are not padded to long ones.
+            embeddings = encode(
+                list(texts), batch_size=self.batch_size, show_progress_bar=progress, normalize_embeddings=True
+            )
+        matrix = np.ascontiguousarray(embeddings, dtype=np.float32)
+        if cached is not None:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            partial = cached.with_suffix(f".{os.getpid()}.partial")
+            with partial.open("wb") as file:
+                np.save(file, matrix)
+            partial.replace(cached)
+        return matrix
+
+    def _cache_file(self, texts: Sequence[str], task: str) -> Path:
+        assert self.cache_folder is not None
+        if self._digest is None:
+            told = f"{weights_digest(self.folder)}{self.encoding.model_dump_json()}{self.precision}"
+            self._digest = hashlib.sha256(told.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(task.encode())
+        for text in texts:
+            encoded = text.encode()
+            digest.update(len(encoded).to_bytes(8, "little"))
+            digest.update(encoded)
+        return self.cache_folder / self._digest / f"{digest.hexdigest()[:32]}.npy"
+
+
+def _set_pooling(model: SentenceTransformer, pooling: str) -> None:
+    for name, module in model.named_children():
+        if isinstance(module, Pooling):
+            model._modules[name] = Pooling(module.embedding_dimension, pooling_mode=pooling)
+            return
+    raise ValueError("the base model has no pooling module to change")
+
+
+def _set_normalize(model: SentenceTransformer, wanted: bool) -> None:
+    present = [name for name, module in model.named_children() if isinstance(module, Normalize)]
+    if wanted and not present:
+        model.append(Normalize())
+    elif not wanted:
+        for name in present:
+            del model._modules[name]
+
+
+def _position_limit(model: SentenceTransformer) -> int | None:
+    config = getattr(getattr(model[0], "auto_model", None), "config", None)
+    return getattr(config, "max_position_embeddings", None)

@@ -1,0 +1,57 @@
+"""A cross-encoder as every stage uses it: (query, passage) pairs in, one raw score a pair out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from sentence_transformers import CrossEncoder
+
+from embed_pipeline.models.precision import autocast, default_device, resolve_precision
+from embed_pipeline.settings import Precision
+
+
+class Reranker:
+    """Scores pairs; higher is more relevant. Scores are logits: comparable within a query, not between models."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_length: int | None = None,
+        precision: Precision = "auto",
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        batch_size: int = 64,
+    ) -> None:
+        self.device = device or default_device()
+        self.precision = resolve_precision(precision, self.device)
+        self.batch_size = batch_size
+        self.model = CrossEncoder(
+            str(folder),
+            num_labels=1,
+            max_length=max_length,
+            device=self.device,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )
+        self.model.eval()
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool = True) -> np.ndarray:
+        """(n,) pairs of (query, passage text) -> (n,) float32 logits, in the order given."""
+        if not pairs:
+            return np.empty(0, dtype=np.float32)
+        # CrossEncoder.predict batches in the order given: sorting by length first saves most of the padding.
+        order = np.argsort([-(len(query) + len(passage)) for query, passage in pairs], kind="stable")
+        with autocast(self.precision, self.device):
+            scores = self.model.predict(
+                [pairs[i] for i in order],
+                batch_size=self.batch_size,
+                show_progress_bar=progress,
+                activation_fn=torch.nn.Identity(),
+            )
+        scattered = np.empty(len(pairs), dtype=np.float32)
+        scattered[order] = np.asarray(scores, dtype=np.float32).reshape(-1)
+        return scattered

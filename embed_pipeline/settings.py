@@ -1,0 +1,323 @@
+"""Everything a pipeline can be told, one model per stage; every default lives here and nowhere else.
+
+A pipeline's YAML is a :class:`PipelineSettings`. Unknown keys, wrong types and impossible combinations are refused
+when definitions load, before any work. This module imports neither torch nor dagster, so loading stays fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+
+Engine = Literal["sentence-transformers", "flag-embedding"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and an unknown key is answered with the allowed ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        allowed: dict[str, str] = {}
+        for name, field in cls.model_fields.items():
+            allowed[name] = name
+            if isinstance(field.validation_alias, AliasChoices):
+                allowed |= {str(alias): name for alias in field.validation_alias.choices}
+        for key in given:
+            if key not in allowed:
+                near = difflib.get_close_matches(str(key), allowed, n=1)
+                hint = f" Did you mean '{near[0]}'?" if near else ""
+                raise ValueError(f"unknown key '{key}'.{hint} Allowed here: {', '.join(sorted(cls.model_fields))}")
+        return given
+
+
+# ----------------------------------------------------------------------------------------------- models
+
+
+class ModelSource(Settings):
+    """Where a base model comes from: exactly one of a Hub id, a local folder, or an installed Python package."""
+
+    hub: str | None = Field(None, description="Hub id, e.g. BAAI/bge-small-en-v1.5; needs `revision`")
+    revision: str | None = Field(None, description="commit hash of the Hub repository (a branch name can move)")
+    path: Path | None = Field(None, description="local folder; relative to the YAML file")
+    package: str | None = Field(None, description="import name of a package that carries the model")
+    folder: str = Field("model", description="the model's folder inside `package`")
+    sha256: str | None = Field(None, description="expected SHA-256 of the weights file; checked before use")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> ModelSource:
+        given = [key for key in ("hub", "path", "package") if getattr(self, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none of them"
+            raise ValueError(f"a model needs exactly one of hub, path, package; found {found}")
+        if self.hub is not None and not _is_commit(self.revision):
+            raise ValueError(
+                f"hub model '{self.hub}' needs `revision`: the 40-digit commit hash shown under 'Files and versions' "
+                f"on its Hub page; found {self.revision!r}. A branch such as main can change under a trained model"
+            )
+        if self.hub is None and self.revision is not None:
+            raise ValueError("`revision` belongs to a hub model only")
+        if self.sha256 is not None and not _is_hex(self.sha256, 64):
+            raise ValueError(f"sha256 must be 64 hexadecimal digits; found {self.sha256!r}")
+        return self
+
+
+class EncodingSettings(Settings):
+    """How a text becomes an embedding. Saved with the trained model and used by every stage after it.
+
+    What is left out is taken from the base model's own folder, so a base model is used as its authors meant it.
+    FlagEmbedding's names are accepted as well.
+    """
+
+    query_prompt: str | None = Field(
+        None, validation_alias=AliasChoices("query_prompt", "query_instruction_for_retrieval")
+    )
+    passage_prompt: str | None = Field(
+        None, validation_alias=AliasChoices("passage_prompt", "passage_instruction_for_retrieval")
+    )
+    query_max_length: int | None = Field(None, ge=4, validation_alias=AliasChoices("query_max_length", "query_max_len"))
+    passage_max_length: int | None = Field(
+        None, ge=4, validation_alias=AliasChoices("passage_max_length", "passage_max_len")
+    )
+    pooling: Literal["cls", "mean", "lasttoken"] | None = Field(
+        None, validation_alias=AliasChoices("pooling", "sentence_pooling_method")
+    )
+    normalize: bool | None = Field(None, validation_alias=AliasChoices("normalize", "normalize_embeddings"))
+
+
+# ---------------------------------------------------------------------------------------------- sources
+
+
+class ColumnSettings(Settings):
+    """Which delivered column holds what. Only the names that differ from ours need to be given."""
+
+    query: str = "query"
+    passage: str = "passage"
+    positive: str = Field("positive", description="triplets: the passage that answers")
+    negative: str = Field("negative", description="triplets: the passage that does not")
+    query_id: str = "query_id"
+    passage_id: str = "passage_id"
+    relevance: str | None = Field(None, description="graded relevance; BEIR qrels default to `score`")
+    title: str | None = Field(None, description="put before the passage's text when encoding")
+    document_id: str | None = Field(None, description="passages of one document never stand in two splits")
+    split: str | None = Field(None, description="a delivered split (train, dev, test) is honoured")
+    text: str = Field("text", description="BEIR: the text column of corpus and queries")
+
+
+class SourceSettings(Settings):
+    """The user's parquet files."""
+
+    kind: Literal["pairs", "triplets", "beir"] = "pairs"
+    path: str | None = Field(None, description="pairs, triplets: a file, a folder or a glob; relative to the YAML")
+    corpus: str | None = Field(None, description="beir: corpus parquet (file, folder or glob)")
+    queries: str | None = Field(None, description="beir: queries parquet")
+    qrels: str | None = Field(None, description="beir: qrels parquet")
+    columns: ColumnSettings = ColumnSettings()
+    extra_corpus: str | None = Field(None, description="more passages that nobody asked about yet")
+    extra_corpus_columns: ColumnSettings = ColumnSettings(passage="text")
+    script: Path | None = Field(
+        None, description="Python script run before reading, as `python script OUTPUT_FOLDER`, to (re)build the files"
+    )
+    script_output: Path | None = Field(None, description="folder handed to `script`; relative to the YAML")
+
+    @model_validator(mode="after")
+    def _right_paths(self) -> SourceSettings:
+        wanted = {"corpus", "queries", "qrels"} if self.kind == "beir" else {"path"}
+        for key in ("path", "corpus", "queries", "qrels"):
+            value = getattr(self, key)
+            if key in wanted and value is None:
+                raise ValueError(f"a source of kind '{self.kind}' needs `{key}`")
+            if key not in wanted and value is not None:
+                raise ValueError(f"`{key}` does not belong to a source of kind '{self.kind}'")
+        if (self.script is None) != (self.script_output is None):
+            raise ValueError("`script` and `script_output` go together")
+        return self
+
+
+# --------------------------------------------------------------------------------------------- cleaning
+
+
+class NearDuplicateSettings(Settings):
+    """MinHash over character shingles finds candidates, their exact Jaccard similarity decides."""
+
+    action: Literal["merge", "keep"] = Field(
+        "merge", description="merge: one passage of a cluster stays and inherits the judgements of the others"
+    )
+    threshold: Share = Field(0.85, description="Jaccard similarity from which two passages are near-duplicates")
+    shingle_characters: int = Field(5, ge=2, le=20)
+    permutations: int = Field(128, ge=16, le=1024)
+
+
+class SplitSettings(Settings):
+    """Shares of the groups; a group is what is linked by a query, a document or a near-duplicate cluster."""
+
+    dev: Share = 0.1
+    test: Share = 0.2
+    overlap_tokens: int = Field(13, ge=4, description="length of the word runs looked for across splits")
+    max_overlap: Share = Field(
+        0.2, description="a train passage sharing more of its word runs with test (or test's with it) leaves train"
+    )
+
+    @model_validator(mode="after")
+    def _leave_train(self) -> SplitSettings:
+        if self.dev + self.test >= 1.0:
+            raise ValueError(f"dev + test must leave rows for train; found {self.dev} + {self.test}")
+        return self
+
+
+class CleaningSettings(Settings):
+    query_min_characters: int = Field(2, ge=1)
+    query_max_characters: int = Field(2_000, ge=1)
+    passage_min_characters: int = Field(2, ge=1)
+    passage_max_characters: int = Field(100_000, ge=1)
+    near_duplicates: NearDuplicateSettings = NearDuplicateSettings()
+    split: SplitSettings = SplitSettings()
+
+
+# ----------------------------------------------------------------------------------------------- mining
+
+
+class VetoSettings(Settings):
+    """A cross-encoder looks at the negatives that are left and refuses those it takes for answers."""
+
+    model: ModelSource
+    max_score_ratio: Share = Field(
+        0.95, description="refused when its score, mapped to 0..1, exceeds this share of the positive's"
+    )
+    max_length: int = Field(512, ge=8)
+
+
+class MiningSettings(Settings):
+    """Positive-aware hard negatives (NV-Retriever, arXiv 2407.15831)."""
+
+    top_k: int = Field(100, ge=1, description="passages retrieved per query; the depth of the search")
+    range_min: int = Field(0, ge=0, description="skip this many of the best-ranked candidates")
+    num_negatives: int = Field(8, ge=1)
+    max_score_ratio: Share | None = Field(
+        0.95, description="a negative may score at most this share of the query's lowest-scoring positive"
+    )
+    absolute_margin: float | None = Field(None, ge=0.0, description="a negative scores at least this much below")
+    sampling: Literal["top", "random"] = Field("top", description="the hardest that pass, or a seeded sample of them")
+    fill_with_random: bool = Field(True, description="too few: add random passages, marked as such")
+    veto: VetoSettings | None = None
+
+    @model_validator(mode="after")
+    def _window(self) -> MiningSettings:
+        if self.range_min >= self.top_k:
+            raise ValueError(f"range_min ({self.range_min}) must be below top_k ({self.top_k})")
+        return self
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+class TrainingSettings(Settings):
+    """What both model kinds and both engines share. Names are those of the two libraries."""
+
+    engine: Engine = "sentence-transformers"
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps (smoke tests)")
+    train_queries: int | None = Field(None, ge=1, description="train on a seeded sample of this many queries")
+    train_group_size: int = Field(
+        5, ge=1, description="passages per query in a batch: one positive and train_group_size - 1 hard negatives"
+    )
+    batch_size: int = Field(64, ge=1, description="queries per process and step")
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(2e-5, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_ratio: Share = 0.1
+    scheduler: Scheduler = "linear"
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Precision = Field("auto", description="auto: bfloat16 where the hardware has it, else float32")
+    gradient_checkpointing: bool = False
+    logging_steps: int = Field(10, ge=1)
+    evaluations: int = Field(4, ge=1, description="dev-set evaluations, evenly spaced over the training")
+    early_stopping_patience: int = Field(3, ge=1, description="evaluations without a better dev nDCG@10")
+    dev_queries: int = Field(500, ge=1, description="at most this many dev queries are used during training")
+    nproc_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="auto: one process on a CPU, one per visible GPU otherwise"
+    )
+
+
+class EmbedderSettings(TrainingSettings):
+    base_model: ModelSource
+    encoding: EncodingSettings = EncodingSettings()
+    temperature: float = Field(0.02, gt=0, description="divides the cosine similarities in the contrastive loss")
+    negatives_cross_device: bool = Field(True, description="use the other processes' passages as negatives too")
+    sub_batch_size: int | None = Field(None, ge=1, description="gradient caching: encode a batch in parts of this size")
+    loss: str = Field(
+        "MultipleNegativesRankingLoss", description="sentence-transformers engine: a loss for (query, passages) rows"
+    )
+    loss_arguments: dict[str, Any] = Field(default_factory=dict)
+    dev_passages: int = Field(2_000, ge=1, description="corpus of the dev evaluation during training")
+
+
+class RerankerSettings(TrainingSettings):
+    base_model: ModelSource | Literal["embedder"] = Field(
+        description="a cross-encoder, any encoder (a fresh head is added), or the fine-tuned embedder's own weights"
+    )
+    query_max_length: int = Field(128, ge=4)
+    passage_max_length: int = Field(384, ge=4)
+    batch_size: int = Field(16, ge=1, description="queries (each with its group) per process and step")
+    learning_rate: float = Field(2e-5, gt=0)
+    loss: str = Field("BinaryCrossEntropyLoss", description="sentence-transformers engine only")
+    loss_arguments: dict[str, Any] = Field(default_factory=dict)
+    num_negatives: int = Field(8, ge=1, description="mined with the fine-tuned embedder for each train query")
+    embedder_weight: Literal["auto"] | Share = Field(
+        "auto",
+        description="share of the embedder's score in the final ranking; auto: chosen on dev, 0 = reranker alone",
+    )
+    dev_queries: int = Field(200, ge=1)
+    dev_top_k: int = Field(30, ge=2, description="candidates reranked per dev query")
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+
+class EvaluationSettings(Settings):
+    rerank_top_k: int = Field(100, ge=1, description="passages of the embedder's ranking that a reranker reorders")
+    rerank_queries: int | None = Field(None, ge=1, description="rerank a seeded sample of the test queries; all if unset")
+    bootstrap_samples: int = Field(10_000, ge=100)
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    examples: int = Field(15, ge=0, description="queries shown in the report that got better, and that got worse")
+
+
+class TrackingSettings(Settings):
+    experiment: str | None = Field(None, description="MLflow experiment; the pipeline's name if unset")
+    log_model: bool = Field(True, description="upload the model folder to MLflow as well")
+    system_metrics: bool = True
+
+
+class PipelineSettings(Settings):
+    """One domain's pipeline: the attributes of `type: embed_pipeline.RetrievalPipeline`."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="prefix of the asset keys and folder in the store")
+    description: str = ""
+    seed: int = Field(42, ge=0, lt=2**31)
+    encode_precision: Precision = Field("auto", description="arithmetic when encoding for mining and evaluation")
+    source: SourceSettings
+    cleaning: CleaningSettings = CleaningSettings()
+    mining: MiningSettings = MiningSettings()
+    embedder: EmbedderSettings
+    reranker: RerankerSettings
+    evaluation: EvaluationSettings = EvaluationSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+
+def _is_hex(value: str | None, digits: int) -> bool:
+    return value is not None and len(value) == digits and all(c in "0123456789abcdef" for c in value.lower())
+
+
+def _is_commit(value: str | None) -> bool:
+    return _is_hex(value, 40)

@@ -1,0 +1,144 @@
+"""The Arrow schemas that pass between stages, and the file each table is kept in. A column name's only home."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SPLITS = ("train", "dev", "test")
+
+# --- raw_pairs: one row per delivered row, whatever file it came from ------------------------------------
+RAW_FILE = "raw_pairs.parquet"
+RAW = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),  # file as named in the YAML's folder, forward slashes
+        pa.field("row_number", pa.int64(), nullable=False),  # 0-based within the file
+        pa.field("kind", pa.string(), nullable=False),  # pair | triplet | passage | query | judgement
+        pa.field("query_id", pa.string()),
+        pa.field("query", pa.string()),
+        pa.field("passage_id", pa.string()),
+        pa.field("title", pa.string()),
+        pa.field("passage", pa.string()),
+        pa.field("negative", pa.string()),
+        pa.field("relevance", pa.float64()),
+        pa.field("document_id", pa.string()),
+        pa.field("split", pa.string()),
+    ]
+)
+
+# --- cleaned_pairs ---------------------------------------------------------------------------------------
+QUERIES_FILE = "queries.parquet"
+QUERIES = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("group_id", pa.string(), nullable=False),  # what may not be divided over splits
+    ]
+)
+PASSAGES_FILE = "passages.parquet"
+PASSAGES = pa.schema(
+    [
+        pa.field("passage_id", pa.string(), nullable=False),
+        pa.field("title", pa.string()),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("document_id", pa.string()),
+        pa.field("cluster_id", pa.string(), nullable=False),  # near-duplicates share it
+    ]
+)
+QRELS_FILE = "qrels.parquet"
+QRELS = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("passage_id", pa.string(), nullable=False),
+        pa.field("relevance", pa.float64(), nullable=False),  # > 0 positive, 0 judged as not relevant
+    ]
+)
+REJECTED_FILE = "rejected.parquet"
+REJECTED = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("row_number", pa.int64(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),  # e.g. the passage it duplicates, the length found
+        pa.field("query", pa.string()),
+        pa.field("passage", pa.string()),
+    ]
+)
+MERGED_FILE = "merged.parquet"  # kept rows whose passage gave way to a near-duplicate
+MERGED = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("row_number", pa.int64(), nullable=False),
+        pa.field("passage_id", pa.string(), nullable=False),  # the id its own text had
+        pa.field("merged_into", pa.string(), nullable=False),  # the passage_id that stands for it
+        pa.field("passage", pa.string(), nullable=False),
+    ]
+)
+
+# --- hard_negatives --------------------------------------------------------------------------------------
+HARD_NEGATIVES_FILE = "hard_negatives.parquet"
+HARD_NEGATIVES = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("positive_ids", pa.list_(pa.string()), nullable=False),
+        pa.field("negative_ids", pa.list_(pa.string()), nullable=False),
+        pa.field("positive_scores", pa.list_(pa.float32()), nullable=False),
+        pa.field("negative_scores", pa.list_(pa.float32()), nullable=False),
+        pa.field("negative_origins", pa.list_(pa.string()), nullable=False),  # mined | given | random
+    ]
+)
+REFUSED_FILE = "refused.parquet"
+REFUSED = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("passage_id", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),  # 0-based in the embedder's ranking
+        pa.field("score", pa.float32(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
+CANDIDATES_FILE = "dev_candidates.parquet"  # what the embedder retrieves for dev queries, for the reranker
+CANDIDATES = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),  # 0-based
+        pa.field("passage_id", pa.string(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+    ]
+)
+
+# --- evaluation ------------------------------------------------------------------------------------------
+PER_QUERY_FILE = "per_query.parquet"
+PER_QUERY = pa.schema(
+    [
+        pa.field("system", pa.string(), nullable=False),
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
+    ]
+)
+RANKINGS_FILE = "rankings.parquet"
+RANKINGS = pa.schema(
+    [
+        pa.field("system", pa.string(), nullable=False),
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),  # 0-based
+        pa.field("passage_id", pa.string(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+    ]
+)
+
+
+def passage_text(title: str | None, text: str) -> str:
+    """A passage as every model and BM25 read it: BEIR's convention, the title before the text."""
+    return f"{title} {text}" if title else text
+
+
+def write(rows: pa.Table, schema: pa.Schema, path: Path) -> None:
+    """Write `rows` as zstd parquet in exactly `schema` (columns in its order; raises if one is missing)."""
+    pq.write_table(rows.select(schema.names).cast(schema), path, compression="zstd")
