@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+from embed_pipeline.artifacts import sha256_of
 from embed_pipeline.errors import ModelError
 from embed_pipeline.settings import ModelSource
 
@@ -47,10 +48,6 @@ def package_folder(package: str, folder: str) -> Path:
         )
     return Path(spec.origin).parent / folder
 
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_digest(folder: Path) -> str:
