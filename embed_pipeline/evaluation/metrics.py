@@ -47,8 +47,8 @@ def per_query(qrels: Qrels, run: Run, metrics: Iterable[str] = METRICS) -> dict[
     Equal scores are ordered by passage id, ascending, so that a value depends neither on the order in which a run was
     built nor on trec_eval's own tie rule. Grades may be fractions (see `_whole_grades`).
 
-    Raises ValueError for an unknown metric, a NaN score, a grade that is no number, and qrels in which no query has a relevant
-    passage: a metric that cannot be computed is not 0.
+    Raises ValueError for an unknown metric, a NaN score, a grade that is no number, and qrels in which no query has a
+    relevant passage: a metric that cannot be computed is not 0.
     """
     wanted = list(metrics)
     unknown = [name for name in wanted if name not in _MEASURES]
