@@ -89,6 +89,7 @@ class RunIds(BaseModel):
 
     dagster: str | None = None
     mlflow: str | None = None
+    mlflow_link: str | None = None
 
 
 class Manifest(BaseModel):
@@ -144,6 +145,14 @@ class Artifact:
 
 
 _MEND = "Delete that version's folder and materialize the asset again; it is rebuilt from the same inputs"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What making an artifact has to say of it: a JSON-serialisable report, and the runs it happened in."""
+
+    report: Mapping[str, Any]
+    runs: RunIds
 
 
 @dataclass(frozen=True)
@@ -206,25 +215,24 @@ class PipelineStore:
         self,
         asset: str,
         recipe: Recipe,
-        make: Callable[[Path], Mapping[str, Any]],
+        make: Callable[[Path], Made],
         *,
         content: Sequence[str] | None,
-        runs: Callable[[], RunIds] = RunIds,
     ) -> Produced:
         """Return the version that `recipe` stands for, making it only if it was never made.
 
-        `make` fills the empty folder it is given and returns a JSON-serialisable report. `content` lists the files
-        whose bytes are the version (tables); None takes the recipe's digest (models). The new version becomes current
-        in one rename; if `make` raises, nothing of it stays.
+        `make` fills the empty folder it is given. `content` lists the files whose bytes are the version (tables); None
+        takes the recipe's digest (models). The new version becomes current in one rename; if `make` raises, nothing of
+        it stays.
         """
         found = self.find(asset, recipe)
         if found is None:
             staging = self.folder / ".staging" / f"{asset}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
             staging.mkdir(parents=True)
             try:
-                report = dict(make(staging))
+                made = make(staging)
                 version = recipe.digest if content is None else _content_version(staging, content)
-                artifact = self._publish(asset, version, recipe, staging, report, runs())
+                artifact = self._publish(asset, version, recipe, staging, made)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
             self._write(self.folder / asset / "recipes" / recipe.digest, version)
@@ -252,10 +260,14 @@ class PipelineStore:
         return [a for asset in ASSETS for a in self.versions(asset) if a.version not in kept.get(asset, set())]
 
     def remove(self, artifact: Artifact) -> None:
-        """Delete a version; it leaves the store in one rename, so nobody sees half of it."""
+        """Delete a version."""
+        self.remove_folder(artifact.path)
+
+    def remove_folder(self, folder: Path) -> None:
+        """Delete a folder of this store; it leaves its place in one rename, so nobody sees half of it."""
         grave = self.folder / ".staging" / f"removed-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         grave.parent.mkdir(parents=True, exist_ok=True)
-        artifact.path.rename(grave)
+        folder.rename(grave)
         shutil.rmtree(grave)
 
     def abandoned(self) -> list[Path]:
@@ -264,9 +276,7 @@ class PipelineStore:
         dead = [path for path in staged if not psutil.pid_exists(int(path.name.split("-")[-2]))]
         return dead + ([self.embeddings_folder] if self.embeddings_folder.is_dir() else [])
 
-    def _publish(
-        self, asset: str, version: str, recipe: Recipe, staging: Path, report: dict[str, Any], runs: RunIds
-    ) -> Artifact:
+    def _publish(self, asset: str, version: str, recipe: Recipe, staging: Path, made: Made) -> Artifact:
         files = {
             path.relative_to(staging).as_posix(): FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
             for path in sorted(staging.rglob("*"))
@@ -281,8 +291,8 @@ class PipelineStore:
             libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
             python=platform.python_version(),
             machine=f"{platform.machine()}, {os.cpu_count()} cores",
-            runs=runs,
-            report=report,
+            runs=made.runs,
+            report=dict(made.report),
             files=files,
         )
         self._write(staging / MANIFEST, manifest.model_dump_json(indent=2))

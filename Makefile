@@ -1,0 +1,43 @@
+# Two commands do everything, set-up included:
+#   make demo   the whole DAG on the demo's data, then the report
+#   make test   the test suite
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export DAGSTER_HOME ?= $(CURDIR)/dagster_home
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint ui mlflow clean
+
+help:  ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed  ## create .venv with the tested versions
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+demo: setup  ## train and evaluate on the demo's data, then show the report
+	$(BIN)/dagster asset materialize -m embed_pipeline.definitions --select 'key:"demo/*"'
+	@$(BIN)/embed-pipeline report demo
+
+test: setup  ## lint, type check and test (what CI runs)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup  ## the slow tests as well
+	$(BIN)/python -m pytest
+
+ui: setup  ## the Dagster UI on http://127.0.0.1:3000
+	$(BIN)/dagster dev -w workspace.yaml
+
+mlflow: setup  ## MLflow on http://127.0.0.1:5000
+	$(BIN)/mlflow server --backend-store-uri sqlite:///$(DAGSTER_HOME)/mlflow.db --host 127.0.0.1 --port 5000
+
+clean:  ## remove everything the demo made (not .venv)
+	rm -rf dagster_home/store dagster_home/mlflow* dagster_home/storage dagster_home/history dagster_home/schedules embed_pipeline/defs/demo/raw

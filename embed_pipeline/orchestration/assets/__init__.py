@@ -1,0 +1,19 @@
+"""The pipeline's assets, one factory a file, in the order the data takes."""
+
+from embed_pipeline.orchestration.assets.cleaned_pairs import cleaned_pairs_asset
+from embed_pipeline.orchestration.assets.embedder import embedder_asset
+from embed_pipeline.orchestration.assets.evaluation import evaluation_asset
+from embed_pipeline.orchestration.assets.hard_negatives import hard_negatives_asset
+from embed_pipeline.orchestration.assets.raw_pairs import raw_pairs_asset
+from embed_pipeline.orchestration.assets.reranker import reranker_asset
+
+ASSET_FACTORIES = (
+    raw_pairs_asset,
+    cleaned_pairs_asset,
+    hard_negatives_asset,
+    embedder_asset,
+    reranker_asset,
+    evaluation_asset,
+)
+
+__all__ = ["ASSET_FACTORIES"]

@@ -1,0 +1,37 @@
+"""`embedder`: the fine-tuned bi-encoder, trained by torchrun."""
+
+from functools import partial
+
+import dagster as dg
+
+from embed_pipeline.orchestration.launching import launch_under_dagster
+from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
+from embed_pipeline.orchestration.reporting import markdown_table, materialized, readable_errors
+from embed_pipeline.settings import EmbedderSettings
+from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_embedder
+
+EmbedderOverrides = overrides_of(EmbedderSettings, "EmbedderOverrides")
+
+
+def embedder_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
+    name = pipeline.settings.name
+
+    @dg.asset(
+        key=[name, "embedder"],
+        deps=[[name, "hard_negatives"]],
+        group_name=name,
+        kinds={"pytorch", "huggingface", "mlflow"},
+        pool="gpu",
+        code_version=CODE_VERSIONS["embedder"],
+        description="The fine-tuned embedder: a folder that sentence-transformers and FlagEmbedding load.",
+    )
+    def embedder(context: dg.AssetExecutionContext, config: EmbedderOverrides) -> dg.MaterializeResult:
+        with readable_errors():
+            embedder = apply_overrides(pipeline.settings.embedder, config)
+            produced = make_embedder(
+                pipeline.for_run(context.run_id, embedder=embedder), partial(launch_under_dagster, context)
+            )
+        report = produced.artifact.report
+        return materialized(context, produced, {})
+
+    return embedder

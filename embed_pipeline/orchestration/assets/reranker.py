@@ -1,0 +1,37 @@
+"""`reranker`: the fine-tuned cross-encoder, trained by torchrun."""
+
+from functools import partial
+
+import dagster as dg
+
+from embed_pipeline.orchestration.launching import launch_under_dagster
+from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
+from embed_pipeline.orchestration.reporting import markdown_table, materialized, readable_errors
+from embed_pipeline.settings import RerankerSettings
+from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_reranker
+
+RerankerOverrides = overrides_of(RerankerSettings, "RerankerOverrides")
+
+
+def reranker_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
+    name = pipeline.settings.name
+
+    @dg.asset(
+        key=[name, "reranker"],
+        deps=[[name, "embedder"]],
+        group_name=name,
+        kinds={"pytorch", "huggingface", "mlflow"},
+        pool="gpu",
+        code_version=CODE_VERSIONS["reranker"],
+        description="The fine-tuned reranker, trained on negatives as the fine-tuned embedder retrieves them.",
+    )
+    def reranker(context: dg.AssetExecutionContext, config: RerankerOverrides) -> dg.MaterializeResult:
+        with readable_errors():
+            reranker = apply_overrides(pipeline.settings.reranker, config)
+            produced = make_reranker(
+                pipeline.for_run(context.run_id, reranker=reranker), partial(launch_under_dagster, context)
+            )
+        report = produced.artifact.report
+        return materialized(context, produced, {})
+
+    return reranker

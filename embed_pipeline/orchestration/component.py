@@ -1,0 +1,86 @@
+"""`type: embed_pipeline.RetrievalPipeline`: one YAML file, one pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import dagster as dg
+from pydantic import BaseModel
+
+from embed_pipeline.artifacts import PipelineStore, store_root
+from embed_pipeline.errors import ConfigurationError, ModelError
+from embed_pipeline.models.source import locate
+from embed_pipeline.orchestration.assets import ASSET_FACTORIES
+from embed_pipeline.orchestration.checks import checks_of
+from embed_pipeline.settings import ModelSource, PipelineSettings
+from embed_pipeline.sources.check import check_sources
+from embed_pipeline.stages import Pipeline
+
+
+class PipelineScaffolder(dg.Scaffolder):
+    """`dg scaffold defs embed_pipeline.RetrievalPipeline NAME` starts from a YAML that says what must be filled in."""
+
+    def scaffold(self, request: dg.ScaffoldRequest) -> None:
+        dg.scaffold_component(
+            request,
+            {
+                "name": request.target_path.name,
+                "source": {"kind": "pairs", "path": "raw/*.parquet"},
+                "embedder": {"base_model": {"hub": "BAAI/bge-small-en-v1.5", "revision": "FILL IN: 40-digit commit"}},
+                "reranker": {"base_model": {"hub": "BAAI/bge-reranker-base", "revision": "FILL IN: 40-digit commit"}},
+            },
+        )
+
+
+@dg.scaffold_with(PipelineScaffolder)
+@dataclass
+class RetrievalPipeline(dg.Component):
+    """Fine-tune an embedder and a reranker on one domain's questions and documents, and measure what it gained."""
+
+    pipeline: Pipeline
+
+    @classmethod
+    def get_model_cls(cls) -> type[BaseModel]:
+        return PipelineSettings
+
+    @classmethod
+    def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> RetrievalPipeline:
+        """Resolve templates such as `{{ env.RAW_DATA }}`, then check every path that can be checked before any work."""
+        if attributes is None:
+            raise ConfigurationError(f"{context.path}: `attributes` is missing: give at least name, source, embedder")
+        given = attributes.model_dump(mode="json", exclude_unset=True)
+        settings = PipelineSettings.model_validate(context.resolution_context.resolve_value(given))
+        folder = context.path if context.path.is_dir() else context.path.parent
+        try:
+            check_sources(settings.source, folder)
+            _check_local_models(settings, context)
+        except (ConfigurationError, ModelError) as error:
+            raise type(error)(f"{context.path}: {error}") from error
+        return cls(Pipeline(settings, folder, PipelineStore(store_root(), settings.name)))
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        assets = [factory(self.pipeline) for factory in ASSET_FACTORIES]
+        selection = dg.AssetSelection.assets(*assets)
+        job = dg.define_asset_job(
+            f"{self.pipeline.settings.name}_pipeline",
+            selection,
+            description="Everything, from the raw files to the evaluation; what was made before is not made again.",
+        )
+        return dg.Definitions(assets=assets, asset_checks=checks_of(self.pipeline), jobs=[job])
+
+
+def _check_local_models(settings: PipelineSettings, context: dg.ComponentLoadContext) -> None:
+    """A local folder or package that is not there fails now; a Hub model is looked for when it is needed."""
+    sources = {
+        "embedder.base_model": settings.embedder.base_model,
+        "reranker.base_model": settings.reranker.base_model,
+        "mining.veto.model": settings.mining.veto.model if settings.mining.veto else None,
+    }
+    folder = context.path if context.path.is_dir() else context.path.parent
+    for key, source in sources.items():
+        if isinstance(source, ModelSource) and source.hub is None:
+            try:
+                # The weights' hash is checked where they are used: hashing gigabytes is work, not loading.
+                locate(source.model_copy(update={"sha256": None}), folder)
+            except ModelError as error:
+                raise ModelError(f"{key}: {error}") from error

@@ -1,0 +1,76 @@
+"""What a person may change for one run in the launchpad or by --config-json, derived from the stage's settings."""
+
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, Optional, TypeVar, Union
+
+import dagster as dg
+from pydantic import Field, ValidationError, create_model
+
+from embed_pipeline.errors import ConfigurationError
+from embed_pipeline.settings import EncodingSettings, ModelSource, Settings
+
+SCALARS = (bool, int, float, str)
+# A base model and its encoding are part of a pipeline's identity: mining and evaluation use them too.
+FIXED_FOR_A_PIPELINE = (ModelSource, EncodingSettings)
+
+
+def overrides_of(settings_class: type[Settings], name: str) -> type[dg.Config]:
+    """A Dagster config class with the scalar fields of `settings_class`, all optional, nested settings included."""
+    fields: dict[str, Any] = {}
+    for field_name, field in settings_class.model_fields.items():
+        kind = _config_type(field.annotation, f"{name}_{field_name}")
+        if kind is not None:
+            shown = "" if field.is_required() else f"YAML default: {field.get_default(call_default_factory=True)}"
+            text = ". ".join(part for part in (field.description, shown) if part)
+            fields[field_name] = (Optional[kind], Field(None, description=text))  # noqa: UP045
+    return create_model(name, __base__=dg.Config, **fields)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def apply_overrides(settings: S, overrides: dg.Config) -> S:
+    """`settings` with what was given for this run; raises ConfigurationError naming the key that cannot be."""
+    given = _given(overrides)
+    if not given:
+        return settings
+    try:
+        return type(settings).model_validate(_merged(settings.model_dump(), given))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        raise ConfigurationError(f"this run's overrides do not fit: {problems}") from error
+
+
+def _given(overrides: dg.Config) -> dict[str, Any]:
+    values = {name: getattr(overrides, name) for name in type(overrides).model_fields}
+    return {
+        name: _given(value) if isinstance(value, dg.Config) else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _merged(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {k: _merged(settings[k], v) if isinstance(v, Mapping) else v for k, v in given.items()}
+    return {**settings, **nested}
+
+
+def _config_type(annotation: Any, name: str) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, FIXED_FOR_A_PIPELINE):
+        return None
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return overrides_of(annotation, name)
+    if annotation in SCALARS:
+        return annotation
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _config_type(arguments[0], name)
+    if origin is Literal:
+        return str
+    if origin in (Union, types.UnionType):
+        kinds = [_config_type(a, name) for a in arguments if a is not type(None)]
+        # "auto" or a number is typed as text in the launchpad; pydantic turns "2" into 2 when it validates.
+        return kinds[0] if len(kinds) == 1 else (str if kinds and all(k in SCALARS for k in kinds) else None)
+    return None
