@@ -16,6 +16,11 @@ Engine = Literal["sentence-transformers", "flag-embedding"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# Losses of sentence-transformers that fit our rows: (query, positive, negatives), and (query, group, labels).
+EmbedderLoss = Literal["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"]
+RerankerLoss = Literal[
+    "BinaryCrossEntropyLoss", "ListNetLoss", "LambdaLoss", "ListMLELoss", "PListMLELoss", "RankNetLoss", "ADRMSELoss"
+]
 
 
 class Settings(BaseModel):
@@ -100,7 +105,11 @@ class EncodingSettings(Settings):
 
 
 class ColumnSettings(Settings):
-    """Which delivered column holds what. Only the names that differ from ours need to be given."""
+    """Which delivered column holds what. Only the names that differ from ours need to be given.
+
+    The columns that default to none are optional: unset, a column of our own name is used where a file has one; set,
+    every file must have it. The same goes for the two id columns of pairs and triplets.
+    """
 
     query: str = "query"
     passage: str = "passage"
@@ -108,11 +117,25 @@ class ColumnSettings(Settings):
     negative: str = Field("negative", description="triplets: the passage that does not")
     query_id: str = "query_id"
     passage_id: str = "passage_id"
+    qrels_query_id: str | None = Field(None, description="beir: its name in qrels, where it is not `query_id`'s")
+    qrels_passage_id: str | None = Field(None, description="beir: its name in qrels, where it is not `passage_id`'s")
     relevance: str | None = Field(None, description="graded relevance; BEIR qrels default to `score`")
     title: str | None = Field(None, description="put before the passage's text when encoding")
     document_id: str | None = Field(None, description="passages of one document never stand in two splits")
     split: str | None = Field(None, description="a delivered split (train, dev, test) is honoured")
-    text: str = Field("text", description="BEIR: the text column of corpus and queries")
+    text: str = Field("text", description="the text column of BEIR corpus and queries, and of an extra corpus")
+
+
+# The keys of `columns` that mean something to each kind of source; another key would be ignored, so it is refused.
+_COLUMN_KEYS = {
+    "pairs": {"query", "passage", "query_id", "passage_id", "relevance", "title", "document_id", "split"},
+    "triplets": {"query", "positive", "negative", "query_id", "passage_id", "document_id", "split"},
+    "beir": {
+        *("text", "query_id", "passage_id", "qrels_query_id", "qrels_passage_id"),
+        *("relevance", "title", "document_id", "split"),
+    },
+    "extra_corpus": {"text", "passage_id", "title", "document_id"},
+}
 
 
 class SourceSettings(Settings):
@@ -125,7 +148,7 @@ class SourceSettings(Settings):
     qrels: str | None = Field(None, description="beir: qrels parquet")
     columns: ColumnSettings = ColumnSettings()
     extra_corpus: str | None = Field(None, description="more passages that nobody asked about yet")
-    extra_corpus_columns: ColumnSettings = ColumnSettings(passage="text")
+    extra_corpus_columns: ColumnSettings = ColumnSettings()
     script: Path | None = Field(
         None, description="Python script run before reading, as `python script OUTPUT_FOLDER`, to (re)build the files"
     )
@@ -142,6 +165,18 @@ class SourceSettings(Settings):
                 raise ValueError(f"`{key}` does not belong to a source of kind '{self.kind}'")
         if (self.script is None) != (self.script_output is None):
             raise ValueError("`script` and `script_output` go together")
+        return self
+
+    @model_validator(mode="after")
+    def _column_keys_of_this_kind(self) -> SourceSettings:
+        for where, columns, kind in (
+            ("columns", self.columns, self.kind),
+            ("extra_corpus_columns", self.extra_corpus_columns, "extra_corpus"),
+        ):
+            told = {key for key, value in columns if value != ColumnSettings.model_fields[key].default}
+            for key in sorted(told - _COLUMN_KEYS[kind]):
+                allowed = ", ".join(sorted(_COLUMN_KEYS[kind]))
+                raise ValueError(f"`{where}.{key}` means nothing to a source of kind '{kind}'. Allowed: {allowed}")
         return self
 
 
@@ -166,7 +201,7 @@ class SplitSettings(Settings):
     test: Share = 0.2
     overlap_tokens: int = Field(13, ge=4, description="length of the word runs looked for across splits")
     max_overlap: Share = Field(
-        0.2, description="a train passage sharing more of its word runs with test (or test's with it) leaves train"
+        0.2, description="a train passage that holds more of a dev or test positive's word runs leaves train"
     )
 
     @model_validator(mode="after")
@@ -236,7 +271,7 @@ class TrainingSettings(Settings):
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(2e-5, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    warmup_ratio: Share = 0.1
+    warmup_ratio: float = Field(0.1, ge=0.0, lt=1.0, description="share of the steps in which the rate rises")
     scheduler: Scheduler = "linear"
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Precision = Field("auto", description="auto: bfloat16 where the hardware has it, else float32")
@@ -249,6 +284,14 @@ class TrainingSettings(Settings):
         "auto", description="auto: one process on a CPU, one per visible GPU otherwise"
     )
 
+    @model_validator(mode="after")
+    def _loss_of_the_engine(self) -> TrainingSettings:
+        for key in ("loss", "loss_arguments"):
+            default = type(self).model_fields[key].get_default(call_default_factory=True)
+            if self.engine == "flag-embedding" and getattr(self, key) != default:
+                raise ValueError(f"`{key}` belongs to engine sentence-transformers; flag-embedding has one loss only")
+        return self
+
 
 class EmbedderSettings(TrainingSettings):
     base_model: ModelSource
@@ -256,10 +299,12 @@ class EmbedderSettings(TrainingSettings):
     temperature: float = Field(0.02, gt=0, description="divides the cosine similarities in the contrastive loss")
     negatives_cross_device: bool = Field(True, description="use the other processes' passages as negatives too")
     sub_batch_size: int | None = Field(None, ge=1, description="gradient caching: encode a batch in parts of this size")
-    loss: str = Field(
-        "MultipleNegativesRankingLoss", description="sentence-transformers engine: a loss for (query, passages) rows"
+    loss: EmbedderLoss = Field(
+        "MultipleNegativesRankingLoss", description="sentence-transformers engine; sub_batch_size takes its Cached form"
     )
-    loss_arguments: dict[str, Any] = Field(default_factory=dict)
+    loss_arguments: dict[str, Any] = Field(
+        default_factory=dict, description="sentence-transformers engine: more arguments of the loss, by its own names"
+    )
     dev_passages: int = Field(2_000, ge=1, description="corpus of the dev evaluation during training")
 
 
@@ -267,12 +312,14 @@ class RerankerSettings(TrainingSettings):
     base_model: ModelSource | Literal["embedder"] = Field(
         description="a cross-encoder, any encoder (a fresh head is added), or the fine-tuned embedder's own weights"
     )
-    query_max_length: int = Field(128, ge=4)
+    query_max_length: int = Field(128, ge=4, description="a pair may have query_max_length + passage_max_length tokens")
     passage_max_length: int = Field(384, ge=4)
     batch_size: int = Field(16, ge=1, description="queries (each with its group) per process and step")
     learning_rate: float = Field(2e-5, gt=0)
-    loss: str = Field("BinaryCrossEntropyLoss", description="sentence-transformers engine only")
-    loss_arguments: dict[str, Any] = Field(default_factory=dict)
+    loss: RerankerLoss = Field("BinaryCrossEntropyLoss", description="sentence-transformers engine only")
+    loss_arguments: dict[str, Any] = Field(
+        default_factory=dict, description="sentence-transformers engine: more arguments of the loss, by its own names"
+    )
     num_negatives: int = Field(8, ge=1, description="mined with the fine-tuned embedder for each train query")
     embedder_weight: Literal["auto"] | Share = Field(
         "auto",

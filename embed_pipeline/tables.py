@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -142,3 +143,23 @@ def passage_text(title: str | None, text: str) -> str:
 def write(rows: pa.Table, schema: pa.Schema, path: Path) -> None:
     """Write `rows` as zstd parquet in exactly `schema` (columns in its order; raises if one is missing)."""
     pq.write_table(rows.select(schema.names).cast(schema), path, compression="zstd")
+
+
+def write_stream(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: Path, rows_per_group: int = 20_000) -> int:
+    """Write `batches` as `write` does, holding one row group in memory; the same rows give the same bytes.
+
+    However the rows are cut into batches, the row groups are the same. Returns the number of rows.
+    """
+    rows = 0
+    waiting = schema.empty_table()
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for batch in batches:
+            table = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+            waiting = pa.concat_tables([waiting, table])
+            while waiting.num_rows >= rows_per_group:
+                writer.write_table(waiting.slice(0, rows_per_group))
+                waiting = waiting.slice(rows_per_group)
+            rows += batch.num_rows
+        if waiting.num_rows:
+            writer.write_table(waiting)
+    return rows

@@ -1,0 +1,99 @@
+"""Which files a pipeline's YAML names, and whether they can be there at all."""
+
+from __future__ import annotations
+
+import glob
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from embed_pipeline.errors import ConfigurationError
+from embed_pipeline.settings import SourceSettings
+
+Key = Literal["path", "corpus", "queries", "qrels", "extra_corpus"]
+KEYS: tuple[Key, ...] = ("path", "corpus", "queries", "qrels", "extra_corpus")
+PARQUET = ".parquet"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One raw file: the YAML key that names it, the name its rows carry, and where it lies."""
+
+    key: Key
+    name: str
+    path: Path
+
+
+def check_sources(settings: SourceSettings, yaml_folder: Path) -> None:
+    """Every path, glob and folder must match a file now, unless `script` will build it.
+
+    Raises ConfigurationError naming the key, the place looked at and the fix. Opens no file.
+    """
+    if settings.script is not None and not (yaml_folder / settings.script).is_file():
+        raise ConfigurationError(
+            f"source.script: no file at {yaml_folder / settings.script}. Give the path of a Python script, relative to "
+            "the YAML file"
+        )
+    for key, pattern in _patterns(settings):
+        if not _will_be_built(settings, yaml_folder, pattern):
+            _find(key, pattern, yaml_folder)
+
+
+def source_files(settings: SourceSettings, yaml_folder: Path) -> list[SourceFile]:
+    """All raw files in the order their rows are read: by key, then by name.
+
+    Names are relative to the YAML's folder with forward slashes (absolute where the YAML gives an absolute path), so
+    they are the same on every machine. Raises ConfigurationError where a pattern matches nothing or two keys name the
+    same file.
+    """
+    found = [file for key, pattern in _patterns(settings) for file in _find(key, pattern, yaml_folder)]
+    keys: dict[Path, SourceFile] = {}
+    for file in found:
+        other = keys.setdefault(file.path.resolve(), file)
+        if other is not file:
+            raise ConfigurationError(
+                f"source.{file.key} and source.{other.key} both name {file.path}: its rows would be read twice. "
+                "Narrow one of the two patterns"
+            )
+    return found
+
+
+def _patterns(settings: SourceSettings) -> list[tuple[Key, str]]:
+    return [(key, pattern) for key in KEYS if (pattern := getattr(settings, key)) is not None]
+
+
+def _find(key: Key, pattern: str, yaml_folder: Path) -> list[SourceFile]:
+    if "://" in pattern:
+        raise ConfigurationError(
+            f"source.{key}: found '{pattern}', expected a local path. Copy the files, or mount the store they lie in"
+        )
+    place = yaml_folder / pattern
+    if place.is_file():
+        return [SourceFile(key, Path(pattern).as_posix(), place)]
+    wanted = f"{glob.escape(pattern.rstrip('/'))}/**/*{PARQUET}" if place.is_dir() else pattern
+    # Path.glob knows neither absolute patterns nor `..`.
+    names = sorted(glob.glob(wanted, root_dir=yaml_folder, recursive=True))  # noqa: PTH207
+    parquet = [name for name in names if name.endswith(PARQUET) and (yaml_folder / name).is_file()]
+    if not parquet:
+        raise ConfigurationError(f"source.{key}: {_why_nothing(place, names)}")
+    return [SourceFile(key, Path(name).as_posix(), yaml_folder / name) for name in parquet]
+
+
+def _why_nothing(place: Path, matched: list[str]) -> str:
+    if place.is_dir():
+        return f"the folder {place} holds no {PARQUET} file. Put the raw files there, or name another folder"
+    if matched:
+        return f"{place} matches {len(matched)} file(s), none ending in {PARQUET} (first: {matched[0]})"
+    if glob.has_magic(str(place)):
+        return f"no file matches {place}. Expected at least one {PARQUET} file; paths are relative to the YAML file"
+    return (
+        f"no such file or folder: {place}. Expected a {PARQUET} file, a folder of them or a glob, relative to the "
+        "YAML file"
+    )
+
+
+def _will_be_built(settings: SourceSettings, yaml_folder: Path, pattern: str) -> bool:
+    if settings.script_output is None:
+        return False
+    built = (yaml_folder / settings.script_output).absolute()
+    return (yaml_folder / pattern).absolute().is_relative_to(built)

@@ -1,0 +1,134 @@
+"""Which column of a raw file becomes which of ours, and whether it can."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from embed_pipeline.errors import SourceError
+from embed_pipeline.settings import ColumnSettings, SourceSettings
+from embed_pipeline.sources.check import Key, SourceFile
+
+TEXT_TYPES = ("VARCHAR", "JSON", "ENUM")
+INTEGER_TYPES = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
+INTEGER_TYPES += tuple(f"U{name}" for name in INTEGER_TYPES)
+NUMBER_TYPES = (*INTEGER_TYPES, "FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN")
+# A column that is null in every row has no type of its own; whether that is an error is decided by its values.
+NO_TYPE = '"NULL"'
+
+_EXPECTED = {
+    "text": (TEXT_TYPES, "text"),
+    "id": ((*TEXT_TYPES, *INTEGER_TYPES, "UUID"), "text or whole numbers"),
+    "number": (NUMBER_TYPES, "numbers"),
+}
+_HINTS = {
+    "BLOB": "bytes without a text annotation; write the column as strings, e.g. pandas `df[c] = df[c].str.decode()`",
+    "DOUBLE": "in pandas an id column with missing values turns into floats; use `Int64` or strings",
+    "FLOAT": "in pandas an id column with missing values turns into floats; use `Int64` or strings",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One of our raw columns (`ours`), the delivered column it comes from, and what it may hold."""
+
+    ours: str
+    theirs: str
+    holds: str  # text | id | number
+    required: bool
+    setting: str  # the key of the YAML that names it
+
+
+def wanted_columns(settings: SourceSettings, key: Key) -> list[Column]:
+    """The columns looked for in the files of one YAML key, in the order of the raw schema."""
+    if key == "extra_corpus":
+        return _corpus(settings.extra_corpus_columns, "extra_corpus_columns", ids_required=False)
+    named = settings.columns
+    if key == "corpus":
+        return _corpus(named, "columns", ids_required=True)
+    if key == "queries":
+        return [_one("query_id", named.query_id, "id", "query_id"), _one("query", named.text, "text", "text")]
+    if key == "qrels":
+        return _qrels(named)
+    positive = (named.passage, "passage") if settings.kind == "pairs" else (named.positive, "positive")
+    columns = [
+        _one("query", named.query, "text", "query"),
+        _one("passage", positive[0], "text", positive[1]),
+        _optional(named, "query_id", "id"),
+        _optional(named, "passage_id", "id"),
+        _optional(named, "document_id", "id"),
+        _optional(named, "split", "text"),
+    ]
+    if settings.kind == "triplets":
+        return [*columns, _one("negative", named.negative, "text", "negative")]
+    return [*columns, _optional(named, "title", "text"), _optional(named, "relevance", "number")]
+
+
+def _corpus(named: ColumnSettings, where: str, ids_required: bool) -> list[Column]:
+    passage_id = _one("passage_id", named.passage_id, "id", "passage_id", where)
+    return [
+        passage_id if ids_required else _optional(named, "passage_id", "id", where),
+        _one("passage", named.text, "text", "text", where),
+        _optional(named, "title", "text", where),
+        _optional(named, "document_id", "id", where),
+    ]
+
+
+def _qrels(named: ColumnSettings) -> list[Column]:
+    return [
+        _one("query_id", named.qrels_query_id or named.query_id, "id", "qrels_query_id"),
+        _one("passage_id", named.qrels_passage_id or named.passage_id, "id", "qrels_passage_id"),
+        _one("relevance", named.relevance or "score", "number", "relevance"),
+        _optional(named, "split", "text"),
+    ]
+
+
+def _one(ours: str, theirs: str, holds: str, key: str, where: str = "columns") -> Column:
+    return Column(ours, theirs, holds, required=True, setting=f"source.{where}.{key}")
+
+
+def _optional(named: ColumnSettings, ours: str, holds: str, where: str = "columns") -> Column:
+    """Used if it is there; required once the YAML gives it another name than ours."""
+    given: str | None = getattr(named, ours)
+    required = given is not None and given != ColumnSettings.model_fields[ours].default
+    return Column(ours, given or ours, holds, required, setting=f"source.{where}.{ours}")
+
+
+def match_columns(file: SourceFile, delivered: Mapping[str, str], wanted: list[Column]) -> dict[str, str]:
+    """Our column -> delivered column, for those the file has.
+
+    `delivered` maps the file's column names to DuckDB types. Raises SourceError naming file and column where a
+    required one is missing, its type cannot be what we need, or two differ only in case.
+    """
+    matched: dict[str, str] = {}
+    for column in wanted:
+        if column.theirs not in delivered:
+            if column.required:
+                raise SourceError(_missing(file, delivered, column))
+            continue
+        same = [name for name in delivered if name.lower() == column.theirs.lower()]
+        if len(same) > 1:
+            raise SourceError(f"{file.path}: columns {same} differ only in case; rename one of them")
+        types, expected = _EXPECTED[column.holds]
+        found = delivered[column.theirs]
+        base = re.sub(r"\(.*", "", found, flags=re.DOTALL)
+        if found != NO_TYPE and (base not in types or found.endswith("]")):
+            hint = f" ({_HINTS[base]})" if base in _HINTS else ""
+            raise SourceError(
+                f"{file.path}: column '{column.theirs}' ({column.setting}) holds {found}{hint}, expected {expected}. "
+                f"Convert the column, or name another one under {column.setting}"
+            )
+        matched[column.ours] = column.theirs
+    return matched
+
+
+def _missing(file: SourceFile, delivered: Mapping[str, str], column: Column) -> str:
+    folded = {name.lower(): name for name in delivered}
+    near = difflib.get_close_matches(column.theirs.lower(), folded, n=1, cutoff=0.5)
+    hint = f" Did you mean '{folded[near[0]]}'?" if near else ""
+    return (
+        f"{file.path}: no column '{column.theirs}' ({column.setting}). It has: {', '.join(sorted(delivered))}.{hint} "
+        f"Name the right one in the YAML: {column.setting}: <column>"
+    )
