@@ -1,0 +1,52 @@
+"""Entry point of an embedder's training: `torchrun -m embed_pipeline.training.embedder JOB.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from embed_pipeline.models.embedder import Embedder, encoding_of
+from embed_pipeline.training.dev_set import EmbedderDevSet
+from embed_pipeline.training.engines import module_of
+from embed_pipeline.training.job import EmbedderJob
+from embed_pipeline.training.output import embedder_card, write_model
+from embed_pipeline.training.process import start_rank, wait_for_all
+from embed_pipeline.training.reporting import open_reporter
+from embed_pipeline.training.rows import read_training_queries
+from embed_pipeline.training.run import remove_work_folder, train, work_folder
+
+
+@record
+def main(job_file: Path) -> None:
+    """Train the job's embedder; rank 0 leaves what `training.output` lists. Raises TrainingError."""
+    job = EmbedderJob.read(job_file)
+    rank = start_rank(job)
+    with contextlib.ExitStack() as stack:
+        reporter = stack.enter_context(open_reporter(job.output)) if rank.is_main else None
+        queries = read_training_queries(job)
+        dev = EmbedderDevSet.read(job)
+        engine = importlib.import_module(module_of(job.settings.engine, "embedder"))
+        prepared = engine.prepare(job, rank, queries, work_folder(job))
+        model = prepared.model
+        summary = train(
+            job,
+            rank,
+            prepared,
+            (lambda: dev.ndcg_at_10(Embedder.around(model, rank.precision))) if dev else None,
+            queries=len(queries),
+            dev_queries=len(dev.queries) if dev else 0,
+            reporter=reporter,
+        )
+        if rank.is_main:
+            write_model(model, job, summary, embedder_card(job, summary, encoding_of(model)))
+    wait_for_all()
+    if rank.is_main:
+        remove_work_folder(job)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,48 @@
+"""A reranker trained by FlagEmbedding's own runner, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from FlagEmbedding.abc.finetune.reranker import (
+    AbsRerankerDataArguments,
+    AbsRerankerModelArguments,
+    AbsRerankerTrainingArguments,
+)
+from FlagEmbedding.finetune.reranker.encoder_only.base import EncoderOnlyRerankerRunner
+from sentence_transformers import CrossEncoder
+
+from embed_pipeline.training.arguments import check_steps, trainer_arguments
+from embed_pipeline.training.cross_encoder import load_cross_encoder, pair_length
+from embed_pipeline.training.engines import Prepared
+from embed_pipeline.training.engines.flag_embedding_embedder import write_rows
+from embed_pipeline.training.job import RerankerJob
+from embed_pipeline.training.process import Rank
+from embed_pipeline.training.rows import TrainingQuery
+
+
+def prepare(job: RerankerJob, rank: Rank, queries: list[TrainingQuery], work: Path) -> Prepared[CrossEncoder]:
+    """A row is a query with all its positives and negatives; the loss is a softmax over a group drawn from it."""
+    settings = job.settings
+    check_steps(job, rank, len(queries), "queries")
+    model = load_cross_encoder(job, rank.device)
+    # Its maximum is the sum of the two: cut it to what the model has positions for.
+    passage_max_len = pair_length(job, model) - settings.query_max_length
+    runner = EncoderOnlyRerankerRunner(
+        model_args=AbsRerankerModelArguments(
+            model_name_or_path=str(job.base_model), trust_remote_code=job.trust_remote_code
+        ),
+        data_args=AbsRerankerDataArguments(
+            train_data=[str(write_rows(queries, work, rank))],
+            cache_path=str(work / f"cache-{rank.rank}"),
+            train_group_size=settings.train_group_size,
+            query_max_len=settings.query_max_length,
+            passage_max_len=passage_max_len,
+        ),
+        training_args=AbsRerankerTrainingArguments(
+            **trainer_arguments(job, rank, work), remove_unused_columns=False
+        ),
+    )
+    # The same parameters in both, and the same fresh head as the other engine starts from.
+    runner.model.model = model[0].model
+    return Prepared(runner.trainer, model, len(queries))

@@ -1,0 +1,57 @@
+"""A training as one file: everything a trainer needs to know, and nothing about where it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from embed_pipeline.errors import TrainingError
+from embed_pipeline.settings import EmbedderSettings, RerankerSettings, TrainingSettings
+
+JOB_FILE = "job.json"
+
+
+class TrainingJob(BaseModel):
+    """Paths are absolute; `base_model` is a local folder whose weights were checked by `models.source.locate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    entry_point: ClassVar[str]  # the module that torchrun runs
+
+    settings: TrainingSettings
+    seed: int
+    base_model: Path
+    trust_remote_code: bool = False
+    cleaned_pairs: Path = Field(description="folder with queries, passages and qrels")
+    hard_negatives: Path = Field(description="folder with the negatives of the train queries")
+    output: Path = Field(description="folder to leave everything in; see training.output")
+    world_size: int = Field(1, ge=1, description="processes that must take part, over all nodes")
+
+    def write(self, path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.model_dump_json(indent=2) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises TrainingError when the file is not such a job."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise TrainingError(f"{path} is not a job for {cls.entry_point}: {error}") from error
+
+
+class EmbedderJob(TrainingJob):
+    entry_point: ClassVar[str] = "embed_pipeline.training.embedder"
+    kind: Literal["embedder"] = "embedder"
+    settings: EmbedderSettings
+
+
+class RerankerJob(TrainingJob):
+    """The negatives and the candidates are those that the fine-tuned embedder retrieves."""
+
+    entry_point: ClassVar[str] = "embed_pipeline.training.reranker"
+    kind: Literal["reranker"] = "reranker"
+    settings: RerankerSettings
+    dev_candidates: Path = Field(description="parquet of tables.CANDIDATES for the dev queries")

@@ -1,0 +1,144 @@
+"""What a training leaves in its output folder.
+
+    model/               loads in SentenceTransformer and FlagModel, or in CrossEncoder and FlagReranker; with its card
+    training_log.jsonl   one JSON object a logging event
+    summary.json         rows, steps, dev figures, time, arithmetic
+    serving.json         rerankers: the embedder's share in the final score
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sentence_transformers import CrossEncoder, SentenceTransformer
+
+from embed_pipeline.settings import EncodingSettings
+from embed_pipeline.training.job import RerankerJob, TrainingJob
+
+MODEL_FOLDER = "model"
+SUMMARY_FILE = "summary.json"
+SERVING_FILE = "serving.json"
+
+
+@dataclass(frozen=True)
+class Summary:
+    kind: str
+    engine: str
+    queries: int
+    rows: int
+    steps: int
+    epochs: float
+    dev_queries: int
+    dev_ndcg_at_10_before: float | None
+    dev_ndcg_at_10: float | None  # of the weights that were kept
+    best_step: int | None
+    train_seconds: float  # without loading, with the evaluations
+    steps_per_second: float
+    world_size: int
+    device: str
+    precision: str
+    threads: int
+    seed: int
+
+
+def write_model(model: SentenceTransformer | CrossEncoder, job: TrainingJob, summary: Summary, card: str) -> Path:
+    """Save the weights (float32 safetensors), everything needed to encode or score as trained, and the card."""
+    folder = job.output / MODEL_FOLDER
+    model.save_pretrained(str(folder), create_model_card=False)
+    (folder / "README.md").write_text(card)
+    write_json(job.output / SUMMARY_FILE, asdict(summary))
+    return folder
+
+
+def write_serving(output: Path, weight: float, by_weight: dict[float, float]) -> None:
+    """How rerankers are used with their embedder; see `models.blend`."""
+    figures = {str(tried): value for tried, value in by_weight.items()}
+    write_json(output / SERVING_FILE, {"embedder_weight": weight, "dev_ndcg_at_10_by_weight": figures})
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def embedder_card(job: TrainingJob, summary: Summary, encoding: EncodingSettings) -> str:
+    """The model card of an embedder, with the three lines that load it in either library."""
+    instruction = f"query_instruction_for_retrieval={encoding.query_prompt!r}, " if encoding.query_prompt else ""
+    usage = f"""\
+```python
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("path/to/this/folder")
+scores = model.similarity(model.encode_query(queries), model.encode_document(passages))
+```
+
+```python
+from FlagEmbedding import FlagModel
+model = FlagModel("path/to/this/folder", {instruction}pooling_method={encoding.pooling!r}, \
+normalize_embeddings={encoding.normalize}, query_max_length={encoding.query_max_length}, \
+passage_max_length={encoding.passage_max_length})
+scores = model.encode_queries(queries) @ model.encode_corpus(passages).T
+```
+"""
+    if encoding.passage_prompt:
+        usage += f"\nWith FlagModel, put {encoding.passage_prompt!r} before every passage.\n"
+    if encoding.pooling == "lasttoken":
+        usage += "\nFlagModel knows no last-token pooling for encoders; use sentence-transformers.\n"
+    return _card(job, summary, "sentence-similarity", "An embedder for retrieval", usage)
+
+
+def reranker_card(job: RerankerJob, summary: Summary, max_length: int) -> str:
+    """The model card of a reranker, with the three lines that load it in either library."""
+    usage = f"""\
+```python
+from sentence_transformers import CrossEncoder
+model = CrossEncoder("path/to/this/folder")
+scores = model.predict([(query, passage) for passage in passages])
+```
+
+```python
+from FlagEmbedding import FlagReranker
+model = FlagReranker("path/to/this/folder", max_length={max_length}, use_fp16=False)
+scores = model.compute_score([(query, passage) for passage in passages])
+```
+
+Scores are logits: compare them within a query. `serving.json`, beside this folder, holds the share that the
+embedder's score should have in the final ranking.
+"""
+    return _card(job, summary, "text-ranking", "A reranker", usage)
+
+
+def _card(job: TrainingJob, summary: Summary, task: str, what: str, usage: str) -> str:
+    base = getattr(job.settings, "base_model", None)
+    hub = getattr(base, "hub", None)
+    origin = f"{hub} at revision {base.revision}" if hub and base else f"`{base}`" if base == "embedder" else None
+    front_matter = "\n".join(
+        [
+            "---",
+            "library_name: sentence-transformers",
+            f"pipeline_tag: {task}",
+            *([f"base_model: {hub}"] if hub else []),
+            f"tags: [sentence-transformers, {summary.kind}]",
+            "---",
+        ]
+    )
+    rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(summary).items() if value is not None)
+    return f"""{front_matter}
+
+# {what}
+
+Fine-tuned with embed_pipeline from {origin or f"`{job.base_model.name}`"} on {summary.queries} queries.
+
+## Use
+
+{usage}
+## Training
+
+| | |
+|---|---|
+{rows}
+
+```json
+{job.settings.model_dump_json(indent=2)}
+```
+"""

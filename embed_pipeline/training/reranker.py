@@ -1,0 +1,61 @@
+"""Entry point of a reranker's training: `torchrun -m embed_pipeline.training.reranker JOB.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from embed_pipeline.models.reranker import Reranker
+from embed_pipeline.training.dev_set import RerankerDevSet
+from embed_pipeline.training.engines import module_of
+from embed_pipeline.training.job import RerankerJob
+from embed_pipeline.training.output import reranker_card, write_model, write_serving
+from embed_pipeline.training.process import start_rank, wait_for_all
+from embed_pipeline.training.reporting import open_reporter
+from embed_pipeline.training.rows import read_training_queries
+from embed_pipeline.training.run import remove_work_folder, train, work_folder
+
+
+@record
+def main(job_file: Path) -> None:
+    """Train the job's reranker; rank 0 leaves what `training.output` lists. Raises TrainingError."""
+    job = RerankerJob.read(job_file)
+    rank = start_rank(job)
+    with contextlib.ExitStack() as stack:
+        reporter = stack.enter_context(open_reporter(job.output)) if rank.is_main else None
+        queries = read_training_queries(job)
+        dev = RerankerDevSet.read(job)
+        engine = importlib.import_module(module_of(job.settings.engine, "reranker"))
+        prepared = engine.prepare(job, rank, queries, work_folder(job))
+        reranker = Reranker.around(prepared.model, rank.precision)
+        summary = train(
+            job,
+            rank,
+            prepared,
+            (lambda: dev.ndcg_at_10(reranker)) if dev else None,
+            queries=len(queries),
+            dev_queries=len(dev.queries) if dev else 0,
+            reporter=reporter,
+        )
+        if rank.is_main:
+            write_model(prepared.model, job, summary, reranker_card(job, summary, prepared.model.max_seq_length))
+            by_weight = dev.ndcg_at_10_by_weight(reranker) if dev else {}
+            write_serving(job.output, _embedder_weight(job, by_weight), by_weight)
+    wait_for_all()
+    if rank.is_main:
+        remove_work_folder(job)
+
+
+def _embedder_weight(job: RerankerJob, by_weight: dict[float, float]) -> float:
+    """The weight that was asked for, or the best on dev; of equals the smaller, and the reranker alone without dev."""
+    if job.settings.embedder_weight != "auto":
+        return job.settings.embedder_weight
+    return max(by_weight, key=lambda weight: (by_weight[weight], -weight), default=0.0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

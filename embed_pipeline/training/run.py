@@ -1,0 +1,100 @@
+"""A training from the prepared trainer to the restored best weights; the same for both model kinds and engines."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
+
+from embed_pipeline.errors import TrainingError
+from embed_pipeline.training.callbacks import DevEvaluation, FiniteLoss, Reporting
+from embed_pipeline.training.engines import Prepared
+from embed_pipeline.training.job import TrainingJob
+from embed_pipeline.training.output import Summary
+from embed_pipeline.training.process import Rank, check_same_weights, check_synchronised
+from embed_pipeline.training.reporting import Reporter
+
+logger = logging.getLogger(__name__)
+
+
+def work_folder(job: TrainingJob) -> Path:
+    """Where a training keeps what nobody needs afterwards."""
+    folder = job.output / "work"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def remove_work_folder(job: TrainingJob) -> None:
+    shutil.rmtree(job.output / "work")
+
+
+def train(
+    job: TrainingJob,
+    rank: Rank,
+    prepared: Prepared[SentenceTransformer] | Prepared[CrossEncoder],
+    measure: Callable[[], float] | None,
+    *,
+    queries: int,
+    dev_queries: int,
+    reporter: Reporter | None,
+) -> Summary:
+    """Train; on rank 0 the model then has its best weights. `measure` gives the dev nDCG@10 of the model as it is.
+
+    Raises TrainingError when the loss stops being a number, memory runs out, or not one step was made.
+    """
+    trainer, settings = prepared.trainer, job.settings
+    check_synchronised(trainer.args, rank)
+    evaluation = DevEvaluation(
+        measure,
+        prepared.model,
+        work_folder(job) / "best.safetensors",
+        evaluations=settings.evaluations,
+        patience=settings.early_stopping_patience,
+        reporter=reporter,
+    )
+    trainer.add_callback(FiniteLoss())
+    if reporter is not None:
+        trainer.add_callback(Reporting(reporter))
+    trainer.add_callback(evaluation)
+    started = time.monotonic()
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of GPU memory at batch_size {settings.batch_size} x train_group_size {settings.train_group_size}: "
+            f"{error}. Lower batch_size, set gradient_checkpointing: true, or (embedder) set sub_batch_size"
+        ) from error
+    seconds = time.monotonic() - started
+    steps = trainer.state.global_step
+    if steps == 0:
+        raise TrainingError(
+            f"no step was made: among {prepared.rows} rows no {settings.batch_size * rank.world_size} have texts of "
+            "their own, and equal texts never share a batch. Lower batch_size or train_group_size"
+        )
+    check_same_weights(prepared.model)
+    if rank.is_main:
+        evaluation.restore_best()
+    return Summary(
+        kind=job.entry_point.rpartition(".")[2],
+        engine=settings.engine,
+        queries=queries,
+        rows=prepared.rows,
+        steps=steps,
+        epochs=round(trainer.state.epoch or 0.0, 4),
+        dev_queries=dev_queries,
+        dev_ndcg_at_10_before=evaluation.before,
+        dev_ndcg_at_10=evaluation.best,
+        best_step=evaluation.best_step,
+        train_seconds=round(seconds, 3),
+        steps_per_second=round(steps / seconds, 4),
+        world_size=rank.world_size,
+        device=rank.device.partition(":")[0],
+        precision=rank.precision,
+        threads=rank.threads,
+        seed=job.seed,
+    )
