@@ -228,7 +228,7 @@ class VetoSettings(Settings):
 
     model: ModelSource
     max_score_ratio: Share = Field(
-        0.95, description="refused when its score, mapped to 0..1, exceeds this share of the positive's"
+        0.95, description="refused when its score, mapped to 0..1, exceeds this share of the best-scored positive's"
     )
     max_length: int = Field(512, ge=8)
 

@@ -1,32 +1,131 @@
-"""Exact search: every query against every passage."""
+"""Exact search: every query against every passage, with an answer that does not depend on how it was computed."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
+from embed_pipeline.errors import ModelError
 from embed_pipeline.models.precision import default_device
+
+# Candidates kept beyond the k-th: those whose float32 product is so near to the k-th that rounding may swap them.
+_SPARE = 32
+# Rounding of a float32 product of two unit vectors; measured below 1e-6 up to 4,096 dimensions.
+_ROUNDING = 1e-5
+_PAIRS_PER_STEP = 32_768
 
 
 def search(
-    queries: np.ndarray, passages: np.ndarray, top_k: int, *, queries_per_step: int = 256, device: str | None = None
+    queries: np.ndarray,
+    passages: np.ndarray,
+    top_k: int,
+    *,
+    queries_per_step: int = 512,
+    passages_per_step: int = 65_536,
+    device: str | None = None,
+    progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `top_k` passages with the highest dot product for each query.
 
-    queries (n, d) and passages (m, d) float32 -> indices (n, k) int64 and scores (n, k) float32, best first, where
-    k = min(top_k, m). Equal scores are ordered by passage index, so a ranking does not depend on the machine.
+    queries (n, d) and passages (m, d), both float32 with unit rows -> indices (n, k) int64 and scores (n, k) float32,
+    best first, where k = min(top_k, m). Equal scores are ordered by passage index, at the k-th place as well.
+
+    Candidates come from blocked float32 products, whose last bits depend on the shape of a block; their scores are
+    then computed again one pair at a time in float64 (`pair_scores`), so neither the order nor the scores depend on
+    the block sizes, on the other queries or on the machine. Memory beyond the inputs: one block of products
+    (128 MB by default) and n * (k + 32) candidates.
+
+    Raises ModelError when an embedding is not finite.
     """
+    _check_finite(queries, "queries")
+    _check_finite(passages, "passages")
     device = device or default_device()
     k = min(top_k, len(passages))
+    kept = min(k + _SPARE, len(passages))
+    values, found = _candidates(queries, passages, kept, queries_per_step, passages_per_step, device, progress)
+    exact = _exact(queries, passages, found, device)
     indices = np.empty((len(queries), k), dtype=np.int64)
     scores = np.empty((len(queries), k), dtype=np.float32)
-    matrix = torch.from_numpy(passages).to(device).T
     for start in range(0, len(queries), queries_per_step):
         step = slice(start, start + queries_per_step)
-        values, found = torch.topk(torch.from_numpy(queries[step]).to(device) @ matrix, k, dim=1)
-        by_index = torch.argsort(found, dim=1)
-        values, found = values.gather(1, by_index), found.gather(1, by_index)
-        by_score = torch.argsort(values, dim=1, descending=True, stable=True)
-        indices[step] = found.gather(1, by_score).cpu().numpy()
-        scores[step] = values.gather(1, by_score).cpu().numpy()
+        order = np.lexsort((found[step], -exact[step]), axis=1)[:, :k]
+        indices[step] = np.take_along_axis(found[step], order, axis=1)
+        scores[step] = np.take_along_axis(exact[step], order, axis=1)
+    if kept < len(passages) and k:
+        crowded = np.flatnonzero(values[:, -1] >= values[:, k - 1] - 2 * _ROUNDING)
+        for row in crowded:
+            indices[row], scores[row] = _search_one(queries[row], passages, values[row, k - 1], k, device)
     return indices, scores
+
+
+def pair_scores(
+    queries: np.ndarray,
+    passages: np.ndarray,
+    query_rows: np.ndarray,
+    passage_rows: np.ndarray,
+    *,
+    device: str | None = None,
+) -> np.ndarray:
+    """Dot products of given pairs, summed in float64 and rounded once: (p,) row numbers twice -> (p,) float32."""
+    device = device or default_device()
+    # Apple's GPUs have no float64.
+    device = "cpu" if device.startswith("mps") else device
+    scores = np.empty(len(query_rows), dtype=np.float32)
+    for start in range(0, len(query_rows), _PAIRS_PER_STEP):
+        step = slice(start, start + _PAIRS_PER_STEP)
+        left = torch.from_numpy(queries[query_rows[step]]).to(device).double()
+        right = torch.from_numpy(passages[passage_rows[step]]).to(device).double()
+        scores[step] = (left * right).sum(dim=1).float().cpu().numpy()
+    return scores
+
+
+def _candidates(
+    queries: np.ndarray,
+    passages: np.ndarray,
+    kept: int,
+    queries_per_step: int,
+    passages_per_step: int,
+    device: str,
+    progress: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `kept` best by float32 products: values (n, kept) and passage indices (n, kept), best first."""
+    values = np.full((len(queries), kept), -np.inf, dtype=np.float32)
+    found = np.zeros((len(queries), kept), dtype=np.int64)
+    # Passages outside, so that each block of them travels to the device once.
+    for first in tqdm(range(0, len(passages), passages_per_step), "search", disable=not progress, unit="block"):
+        block = torch.from_numpy(passages[first : first + passages_per_step]).to(device).T
+        for start in range(0, len(queries), queries_per_step):
+            step = slice(start, start + queries_per_step)
+            products = torch.from_numpy(queries[step]).to(device) @ block
+            best, at = torch.topk(products, min(kept, block.shape[1]), dim=1)
+            both = torch.cat([torch.from_numpy(values[step]).to(device), best], dim=1)
+            where = torch.cat([torch.from_numpy(found[step]).to(device), at + first], dim=1)
+            merged, chosen = torch.topk(both, kept, dim=1)
+            values[step] = merged.cpu().numpy()
+            found[step] = where.gather(1, chosen).cpu().numpy()
+    return values, found
+
+
+def _exact(queries: np.ndarray, passages: np.ndarray, found: np.ndarray, device: str) -> np.ndarray:
+    rows = np.repeat(np.arange(len(found)), found.shape[1])
+    return pair_scores(queries, passages, rows, found.reshape(-1), device=device).reshape(found.shape)
+
+
+def _search_one(
+    query: np.ndarray, passages: np.ndarray, kth: float, k: int, device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """One query of which more passages than were kept score like its k-th."""
+    near = np.flatnonzero(passages @ query >= kth - 2 * _ROUNDING)
+    exact = pair_scores(query[None], passages, np.zeros(len(near), dtype=np.int64), near, device=device)
+    order = np.lexsort((near, -exact))[:k]
+    return near[order], exact[order]
+
+
+def _check_finite(matrix: np.ndarray, what: str) -> None:
+    broken = np.flatnonzero(~np.isfinite(matrix).all(axis=1))
+    if len(broken):
+        raise ModelError(
+            f"{len(broken)} of {len(matrix)} embeddings of {what} are not finite numbers (first: row {broken[0]}). "
+            "The weights are broken, or the arithmetic overflows: try `encode_precision: float32` or another model"
+        )

@@ -1,0 +1,198 @@
+"""Cleaned pairs -> hard negatives: encode once, search exactly, select, and keep account of what was refused."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from embed_pipeline.errors import ArtifactError
+from embed_pipeline.mining.report import MiningReport, MiningTimes, examples_of, score_summary
+from embed_pipeline.mining.select import ORIGINS, REASONS, Candidates, Selection, select
+from embed_pipeline.models.collection import Collection, load_collection
+from embed_pipeline.models.search import pair_scores, search
+from embed_pipeline.settings import MiningSettings
+from embed_pipeline.tables import HARD_NEGATIVES, HARD_NEGATIVES_FILE, REFUSED, REFUSED_FILE, write
+
+logger = logging.getLogger(__name__)
+
+# A query whose whole window was refused would bring up to top_k rows; its best-ranked tell the story.
+REFUSED_ROWS_PER_QUERY = 30
+
+
+class EncodesTexts(Protocol):
+    """What mining needs of `models.embedder.Embedder`."""
+
+    precision: str
+
+    def encode_queries(self, texts: Sequence[str], *, progress: bool = True) -> np.ndarray: ...
+    def encode_passages(self, texts: Sequence[str], *, progress: bool = True) -> np.ndarray: ...
+
+
+class ScoresPairs(Protocol):
+    """What mining needs of `models.reranker.Reranker`."""
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool = True) -> np.ndarray: ...
+
+
+def mine(
+    cleaned: Path,
+    embedder: EncodesTexts,
+    settings: MiningSettings,
+    seed: int,
+    out: Path,
+    *,
+    splits: Sequence[str] = ("train",),
+    veto: ScoresPairs | None = None,
+    progress: bool = True,
+) -> MiningReport:
+    """Mine hard negatives for every query of `splits` that has a positive; see `select.select` for the rules.
+
+    Writes `hard_negatives.parquet` (one row a query, in the order of the queries table; negatives given, then mined,
+    then random, each from the highest score) and `refused.parquet` (up to 30 rows a query) into `out`. Candidates are
+    all passages, whatever split their own queries are in: a passage is not a question, and a test passage as a
+    negative teaches nothing about its question.
+
+    Raises ArtifactError when `cleaned` is incomplete or holds no such query, ModelError when an embedding is not
+    finite, ValueError when `veto` and `settings.veto` are not given together.
+    """
+    if (veto is None) != (settings.veto is None):
+        raise ValueError("`veto` (the model) and `settings.veto` (its limits) go together")
+    collection = load_collection(cleaned, splits)
+    if not len(collection.query_ids):
+        raise ArtifactError(
+            f"{cleaned} holds no query of split {' or '.join(splits)} with a relevant passage, so there is nothing to "
+            f"mine for ({collection.without_positive} have none). See its `rejected` table, and `cleaning.split`"
+        )
+    logger.info("encoding %d passages and %d queries", len(collection.texts), len(collection.queries))
+    started = time.perf_counter()
+    passages = embedder.encode_passages(collection.texts, progress=progress)
+    queries = embedder.encode_queries(collection.queries, progress=progress)
+    encoded = time.perf_counter()
+    indices, scores = search(queries, passages, settings.top_k, progress=progress)
+    searched = time.perf_counter()
+    logger.info("selecting negatives among the top %d of %d queries", settings.top_k, len(collection.queries))
+    judge = _Veto(collection, veto, settings, progress) if veto is not None else None
+    selection = select(
+        Candidates(
+            indices, scores, collection.query_ids, collection.clusters, collection.positives(), collection.negatives()
+        ),
+        settings,
+        seed,
+        lambda query, passage: pair_scores(queries, passages, query, passage),
+        judge,
+    )
+    positive_query, positive_passage = collection.positives()
+    positive_scores = pair_scores(queries, passages, positive_query, positive_passage)
+    selected = time.perf_counter()
+    write(_hard_negatives(collection, selection, positive_scores), HARD_NEGATIVES, out / HARD_NEGATIVES_FILE)
+    write(_refused(collection, selection), REFUSED, out / REFUSED_FILE)
+    times = MiningTimes(encode=encoded - started, search=searched - encoded, select=selected - searched)
+    report = _report(collection, selection, positive_scores, settings, embedder.precision, times)
+    logger.info("%s", report.sentence())
+    return report
+
+
+@dataclass
+class _Veto:
+    """Refuses a passage whose sigmoid(score) exceeds `max_score_ratio` times that of the query's best positive.
+
+    The best, not the lowest as for the embedder's threshold: a positive the cross-encoder does not understand would
+    otherwise refuse everything.
+    """
+
+    collection: Collection
+    model: ScoresPairs
+    settings: MiningSettings
+    progress: bool
+
+    def __post_init__(self) -> None:
+        query, passage = self.collection.positives()
+        best = np.full(len(self.collection.query_ids), -np.inf)
+        np.maximum.at(best, query, self._scores(query, passage))
+        self.best = best
+
+    def __call__(self, query: np.ndarray, passage: np.ndarray) -> np.ndarray:
+        assert self.settings.veto is not None
+        return self._scores(query, passage) > self.settings.veto.max_score_ratio * self.best[query]
+
+    def _scores(self, query: np.ndarray, passage: np.ndarray) -> np.ndarray:
+        pairs = [
+            (self.collection.queries[q], self.collection.texts[p])
+            for q, p in zip(query.tolist(), passage.tolist(), strict=True)
+        ]
+        # 1 / (1 + exp(-x)) without overflow.
+        return 0.5 * (1.0 + np.tanh(0.5 * self.model.score(pairs, progress=self.progress).astype(np.float64)))
+
+
+def _hard_negatives(collection: Collection, selection: Selection, positive_scores: np.ndarray) -> pa.Table:
+    count = len(collection.query_ids)
+    positive_query, positive_passage = collection.positives()
+    ids = pa.array(collection.passage_ids, pa.string())
+    positives = _offsets(positive_query, count)
+    negatives = _offsets(selection.query, count)
+    columns = {
+        "query_id": pa.array(collection.query_ids, pa.string()),
+        "positive_ids": pa.ListArray.from_arrays(positives, ids.take(pa.array(positive_passage))),
+        "negative_ids": pa.ListArray.from_arrays(negatives, ids.take(pa.array(selection.passage))),
+        "positive_scores": pa.ListArray.from_arrays(positives, pa.array(positive_scores, pa.float32())),
+        "negative_scores": pa.ListArray.from_arrays(negatives, pa.array(selection.score, pa.float32())),
+        "negative_origins": pa.ListArray.from_arrays(
+            negatives, pa.array(np.array(ORIGINS, dtype=object)[selection.origin], pa.string())
+        ),
+    }
+    return pa.table(columns)
+
+
+def _refused(collection: Collection, selection: Selection) -> pa.Table:
+    query = selection.refused_query
+    shown = np.arange(len(query)) - np.searchsorted(query, query) < REFUSED_ROWS_PER_QUERY
+    return pa.table(
+        {
+            "query_id": pa.array(collection.query_ids[query[shown]], pa.string()),
+            "passage_id": pa.array(collection.passage_ids[selection.refused_passage[shown]], pa.string()),
+            "rank": pa.array(selection.refused_rank[shown], pa.int32()),
+            "score": pa.array(selection.refused_score[shown], pa.float32()),
+            "reason": pa.array(np.array(REASONS, dtype=object)[selection.refused_reason[shown]], pa.string()),
+        }
+    )
+
+
+def _report(
+    collection: Collection,
+    selection: Selection,
+    positive_scores: np.ndarray,
+    settings: MiningSettings,
+    precision: str,
+    times: MiningTimes,
+) -> MiningReport:
+    found = np.bincount(selection.query, minlength=len(collection.query_ids))
+    origins = np.bincount(selection.origin, minlength=len(ORIGINS)).tolist()
+    reasons = np.bincount(selection.refused_reason, minlength=len(REASONS)).tolist()
+    return MiningReport(
+        queries=len(collection.query_ids),
+        queries_without_positive=collection.without_positive,
+        passages=len(collection.texts),
+        num_negatives=settings.num_negatives,
+        taken=dict(zip(ORIGINS, origins, strict=True)),
+        refused=dict(zip(REASONS, reasons, strict=True)),
+        queries_with_fewer=int((found < settings.num_negatives).sum()),
+        queries_with_none=int((found == 0).sum()),
+        scores=score_summary(
+            {"positive": positive_scores, "negative": selection.score, "refused": selection.refused_score}
+        ),
+        seconds=times,
+        passages_per_second=len(collection.texts) / max(times.encode, 1e-9),
+        precision=precision,
+        examples=examples_of(collection, selection, positive_scores),
+    )
+
+
+def _offsets(rows: np.ndarray, count: int) -> pa.Array:
+    return pa.array(np.searchsorted(rows, np.arange(count + 1)), pa.int32())

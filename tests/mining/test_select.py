@@ -1,0 +1,198 @@
+"""Promises of the selection that must hold whatever the scores, the clusters and the judgements are."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embed_pipeline.mining.select import ORIGINS, REASONS, Candidates, Selection, select, thresholds
+from embed_pipeline.models.search import search
+from embed_pipeline.settings import MiningSettings
+
+GIVEN, MINED, RANDOM = range(len(ORIGINS))
+
+
+class Case:
+    """Random queries and passages with few distinct vectors, so that equal scores are common."""
+
+    def __init__(self, seed: int, queries: int, passages: int, mining: MiningSettings) -> None:
+        draw = np.random.default_rng(seed)
+        self.mining, self.seed = mining, seed
+        few = draw.normal(size=(6, 3))
+        few = (few / np.linalg.norm(few, axis=1, keepdims=True)).astype(np.float32)
+        self.queries, self.passages = few[draw.integers(0, 6, queries)], few[draw.integers(0, 6, passages)]
+        self.query_ids = np.array([f"q{i}" for i in range(queries)], dtype=object)
+        self.clusters = draw.integers(0, passages, passages)
+        grade = draw.choice([-1, 0, 1], p=[0.7, 0.15, 0.15], size=(queries, passages))
+        grade[np.arange(queries), draw.integers(0, passages, queries)] = 1
+        self.grade = grade
+
+    def candidates(self, rows: np.ndarray) -> Candidates:
+        indices, scores = search(self.queries[rows], self.passages, self.mining.top_k)
+        positives, given_ = np.nonzero(self.grade[rows] == 1), np.nonzero(self.grade[rows] == 0)
+        return Candidates(indices, scores, self.query_ids[rows], self.clusters, positives, given_)
+
+    def scores(self, rows: np.ndarray, query: np.ndarray, passage: np.ndarray) -> np.ndarray:
+        return (self.queries[rows][query].astype(float) * self.passages[passage]).sum(1).astype(np.float32)
+
+    def select(self, rows: np.ndarray | None = None, veto: bool = False, **named: int) -> Selection:
+        rows = np.arange(len(self.query_ids)) if rows is None else rows
+        refuse = lambda query, passage: (passage + rows[query]) % 3 == 0  # noqa: E731
+        return select(
+            self.candidates(rows),
+            self.mining,
+            self.seed,
+            lambda query, passage: self.scores(rows, query, passage),
+            refuse if veto else None,
+            **named,
+        )
+
+
+cases = st.builds(
+    Case,
+    seed=st.integers(0, 10**6),
+    queries=st.integers(1, 12),
+    passages=st.integers(1, 40),
+    mining=st.builds(
+        lambda **told: MiningSettings(**told),
+        top_k=st.integers(5, 50),
+        range_min=st.integers(0, 4),
+        num_negatives=st.integers(1, 12),
+        max_score_ratio=st.sampled_from([None, 0.5, 0.95]),
+        absolute_margin=st.sampled_from([None, 0.0, 0.3]),
+        sampling=st.sampled_from(["top", "random"]),
+        fill_with_random=st.booleans(),
+    ),
+)
+
+
+def rows_of(selection: Selection) -> dict[int, list[tuple[int, int, float]]]:
+    taken: dict[int, list[tuple[int, int, float]]] = {}
+    for query, passage, origin, score in zip(
+        selection.query, selection.passage, selection.origin, selection.score, strict=True
+    ):
+        taken.setdefault(int(query), []).append((int(passage), int(origin), float(score)))
+    return taken
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=cases, veto=st.booleans())
+def test_promises(case: Case, veto: bool) -> None:
+    selection = case.select(veto=veto)
+    taken = rows_of(selection)
+    for query, rows in taken.items():
+        positives = np.flatnonzero(case.grade[query] == 1)
+        near = set(case.clusters[positives].tolist())
+        passages = [passage for passage, _, _ in rows]
+        assert not set(passages) & set(positives.tolist())
+        assert not near & {int(case.clusters[passage]) for passage in passages}
+        assert len(set(passages)) == len(passages) <= case.mining.num_negatives
+        assert [origin for _, origin, _ in rows] == sorted(origin for _, origin, _ in rows)
+        lowest = case.scores(np.arange(len(case.query_ids)), np.full(len(positives), query), positives).min()
+        allowed = thresholds(np.array([lowest]), case.mining)[0]
+        ranking = search(case.queries[[query]], case.passages, len(case.passages))[0][0].tolist()
+        for passage, origin, score in rows:
+            rank = ranking.index(passage)
+            if origin == GIVEN:
+                assert case.grade[query, passage] == 0
+            if origin == MINED:
+                assert score <= allowed
+                assert case.mining.range_min <= rank < case.mining.top_k
+                assert not (veto and (passage + query) % 3 == 0)
+            if origin == RANDOM:
+                assert case.mining.fill_with_random
+                assert rank >= case.mining.top_k
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases, veto=st.booleans())
+def test_nobody_goes_short_without_need(case: Case, veto: bool) -> None:
+    """A query has fewer than wanted only where every passage is taken or was passed over for a reason."""
+    selection = case.select(veto=veto)
+    taken = rows_of(selection)
+    for query in range(len(case.query_ids)):
+        rows = taken.get(query, [])
+        if len(rows) == case.mining.num_negatives:
+            continue
+        near = set(case.clusters[case.grade[query] == 1].tolist())
+        indices = case.candidates(np.arange(len(case.query_ids))).indices[query]
+        free = set(range(len(case.passages))) - set(indices.tolist()) - {passage for passage, _, _ in rows}
+        free = {passage for passage in free if case.clusters[passage] not in near}
+        assert not (case.mining.fill_with_random and free)
+        looked_at = set(selection.refused_passage[selection.refused_query == query].tolist())
+        window = set(indices[case.mining.range_min :].tolist())
+        assert window <= looked_at | {passage for passage, _, _ in rows}
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases, step=st.integers(1, 12), veto=st.booleans())
+def test_chunks_order_and_other_queries_change_nothing(case: Case, step: int, veto: bool) -> None:
+    whole = case.select(veto=veto)
+    stepped = case.select(veto=veto, queries_per_step=step)
+    for field in fields(Selection):
+        np.testing.assert_array_equal(getattr(whole, field.name), getattr(stepped, field.name))
+    rows = np.random.default_rng(case.seed).permutation(len(case.query_ids))[: max(1, len(case.query_ids) // 2)]
+    some, expected = rows_of(case.select(rows, veto=veto)), rows_of(whole)
+    for at, row in enumerate(rows):
+        assert some.get(at, []) == expected.get(int(row), [])
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases, veto=st.booleans())
+def test_refused_are_bounded_and_reasoned(case: Case, veto: bool) -> None:
+    selection = case.select(veto=veto)
+    ranks = {}
+    for query, passages in enumerate(case.candidates(np.arange(len(case.query_ids))).indices):
+        ranks |= {(query, int(passage)): rank for rank, passage in enumerate(passages)}
+    mined = {
+        (int(q), int(p))
+        for q, p, o in zip(selection.query, selection.passage, selection.origin, strict=True)
+        if o == MINED
+    }
+    for query, passage, rank, reason in zip(
+        selection.refused_query,
+        selection.refused_passage,
+        selection.refused_rank,
+        selection.refused_reason,
+        strict=True,
+    ):
+        key = (int(query), int(passage))
+        assert key not in mined
+        assert ranks[key] == rank >= case.mining.range_min
+        assert (REASONS[reason] == "known_positive") == (case.grade[key] == 1)
+        own = int((selection.query == query).sum() - ((selection.query == query) & (selection.origin == RANDOM)).sum())
+        if own == case.mining.num_negatives:
+            assert rank < max(ranks[other] for other in mined if other[0] == query)
+
+
+def test_thresholds_stay_below_a_negative_positive() -> None:
+    lowest = np.array([0.8, 0.0, -0.2], dtype=np.float32)
+    np.testing.assert_allclose(thresholds(lowest, MiningSettings(max_score_ratio=0.95)), [0.76, 0.0, -0.21], atol=1e-7)
+    both = MiningSettings(max_score_ratio=0.95, absolute_margin=0.1)
+    np.testing.assert_allclose(thresholds(lowest, both), [0.7, -0.1, -0.3], atol=1e-7)
+    assert np.isinf(thresholds(lowest, MiningSettings(max_score_ratio=None))).all()
+
+
+def test_random_sampling_differs_by_seed_and_covers_the_window() -> None:
+    count, top_k = 400, 20
+    scores = np.tile(np.linspace(0.5, 0.1, top_k, dtype=np.float32), (count, 1))
+    candidates = Candidates(
+        np.tile(np.arange(1, top_k + 1), (count, 1)),
+        scores,
+        np.array([f"q{i}" for i in range(count)], dtype=object),
+        np.arange(30),
+        (np.arange(count), np.zeros(count, dtype=np.int64)),
+        (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)),
+    )
+    mining = MiningSettings(top_k=top_k, num_negatives=5, sampling="random", max_score_ratio=None)
+    flat = lambda query, passage: np.full(len(query), 0.9, dtype=np.float32)  # noqa: E731
+    one, other = (select(candidates, mining, seed, flat) for seed in (1, 2))
+    assert not np.array_equal(one.passage, other.passage)
+    often = np.bincount(one.passage, minlength=top_k + 1)[1:]
+    # Each of 20 places is expected 100 times with a deviation of 9.
+    assert often.min() == pytest.approx(100, abs=45)
+    assert often.max() == pytest.approx(100, abs=45)

@@ -1,0 +1,68 @@
+"""Exact search against sorting everything."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embed_pipeline.errors import ModelError
+from embed_pipeline.models.search import pair_scores, search
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def sorted_out(queries: np.ndarray, passages: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    scores = (queries.astype(float)[:, None] * passages.astype(float)[None]).sum(2).astype(np.float32)
+    indices = np.lexsort((np.broadcast_to(np.arange(len(passages)), scores.shape), -scores), axis=1)[:, :k]
+    return indices, np.take_along_axis(scores, indices, axis=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    distinct=st.integers(1, 200),
+    passages=st.integers(1, 200),
+    k=st.integers(1, 60),
+    steps=st.tuples(st.integers(1, 30), st.integers(1, 210)),
+)
+def test_equals_sorting_everything(seed: int, distinct: int, passages: int, k: int, steps: tuple[int, int]) -> None:
+    """With many equal scores, whatever the block sizes."""
+    draw = np.random.default_rng(seed)
+    corpus = unit(draw.normal(size=(distinct, 24)))[draw.integers(0, distinct, passages)]
+    queries = unit(draw.normal(size=(17, 24)))
+    indices, scores = search(queries, corpus, k, queries_per_step=steps[0], passages_per_step=steps[1], device="cpu")
+    expected_indices, expected_scores = sorted_out(queries, corpus, k)
+    np.testing.assert_array_equal(indices, expected_indices)
+    np.testing.assert_array_equal(scores, expected_scores)
+
+
+def test_rounding_does_not_order_equal_passages() -> None:
+    """5,000 copies of one passage among others: float32 products of copies differ in their last bits."""
+    draw = np.random.default_rng(0)
+    corpus = unit(draw.normal(size=(8_000, 384)))
+    corpus[1_000:6_000] = corpus[1_000]
+    queries = np.concatenate([corpus[1_000:1_001], unit(draw.normal(size=(3, 384)))])
+    indices, _ = search(queries, corpus, 100)
+    np.testing.assert_array_equal(indices[0], np.arange(1_000, 1_100))
+
+
+def test_scores_are_those_of_the_pairs() -> None:
+    draw = np.random.default_rng(1)
+    queries, corpus = unit(draw.normal(size=(40, 64))), unit(draw.normal(size=(300, 64)))
+    indices, scores = search(queries, corpus, 10)
+    pairs = pair_scores(queries, corpus, np.repeat(np.arange(40), 10), indices.reshape(-1))
+    np.testing.assert_array_equal(scores.reshape(-1), pairs)
+
+
+def test_not_finite_is_an_error() -> None:
+    corpus = unit(np.random.default_rng(0).normal(size=(5, 8)))
+    broken = corpus.copy()
+    broken[3, 2] = np.nan
+    with pytest.raises(ModelError, match=r"1 of 5 embeddings of passages are not finite numbers \(first: row 3\)"):
+        search(corpus, broken, 2)
+    with pytest.raises(ModelError, match="embeddings of queries"):
+        search(broken, corpus, 2)
