@@ -12,8 +12,8 @@ from embed_pipeline.settings import ColumnSettings, SourceSettings
 from embed_pipeline.sources.check import Key, SourceFile
 
 TEXT_TYPES = ("VARCHAR", "JSON", "ENUM")
-INTEGER_TYPES = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
-INTEGER_TYPES += tuple(f"U{name}" for name in INTEGER_TYPES)
+_SIGNED = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
+INTEGER_TYPES = (*_SIGNED, *(f"U{name}" for name in _SIGNED))
 NUMBER_TYPES = (*INTEGER_TYPES, "FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN")
 # A column that is null in every row has no type of its own; whether that is an error is decided by its values.
 NO_TYPE = '"NULL"'

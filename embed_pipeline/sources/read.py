@@ -99,9 +99,8 @@ def _rows(connection: duckdb.DuckDBPyConnection, file: SourceFile, described: Re
     selected = ", ".join(f"CAST({ours.get(f.name, 'NULL')} AS {_TYPES[f.type]}) AS {f.name}" for f in RAW)
     parameters = {"source": described.source, "kind": described.kind, "path": _exactly(file)}
     try:
-        yield from connection.execute(
-            f"SELECT {selected} FROM read_parquet($path, file_row_number = true)", parameters
-        ).to_arrow_reader(BATCH_ROWS)
+        query = f"SELECT {selected} FROM read_parquet($path, file_row_number = true)"
+        yield from connection.sql(query, params=parameters).to_arrow_reader(BATCH_ROWS)
     except (duckdb.Error, pa.ArrowException, UnicodeDecodeError) as error:
         raise SourceError(_damaged(file, error)) from error
 

@@ -1,0 +1,40 @@
+"""Text as every later stage sees it, and the keys under which two texts count as the same: DuckDB macros."""
+
+from __future__ import annotations
+
+import duckdb
+
+# Controls, soft hyphens, zero-width spaces, byte-order marks and marks of direction. The joiners U+200C and U+200D
+# stay: scripts such as Persian and Hindi, and emoji, are spelled with them.
+_INVISIBLE = (
+    r"[\x00-\x08\x0E-\x1F\x7F-\x{84}\x{86}-\x{9F}\x{AD}\x{200B}\x{200E}\x{200F}\x{202A}-\x{202E}"
+    r"\x{2060}-\x{2064}\x{2066}-\x{2069}\x{FEFF}]"
+)
+_SPACE = r"[\t-\r\x{85}\p{Z}]"
+_SPACE_IN_LINE = r"[\t\p{Zs}]"
+_LINE_END = r"[\n-\r\x{85}\p{Zl}\p{Zp}]"
+# Scripts written without spaces (and Hangul, whose spacing varies): each character is a word.
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_WORD = rf"[{_UNSPACED}]|(?:[^\P{{L}}{_UNSPACED}]|\p{{N}}|\p{{M}})+"
+
+_MACROS = (
+    # Invisible characters go first: taking them out can bring a letter and its accent together.
+    rf"visible(t) AS nfc_normalize(regexp_replace(t, '{_INVISIBLE}', '', 'g'))",
+    # null where nothing is left
+    rf"one_line(t) AS nullif(trim(regexp_replace(visible(t), '{_SPACE}+', ' ', 'g')), '')",
+    rf"""lines(t) AS nullif(trim(regexp_replace(
+        regexp_replace(visible(t), '{_SPACE_IN_LINE}*{_LINE_END}{_SPACE}*', chr(10), 'g'),
+        '{_SPACE_IN_LINE}+', ' ', 'g'), ' ' || chr(10)), '')""",
+    # Letter case, punctuation and word order aside; symbols and # stay, for C++ is not C#.
+    r"""query_key(t) AS coalesce(nullif(array_to_string(list_sort(string_split(
+        trim(regexp_replace(lower(t), '[^\p{L}\p{N}\p{M}\p{S}#]+', ' ', 'g')), ' ')), ' '), ''), lower(t))""",
+    rf"words(t) AS regexp_extract_all(lower(t), '{_WORD}')",
+    "passage_text(title, t) AS CASE WHEN title IS NULL THEN t ELSE title || ' ' || t END",
+    "short_hash(t) AS sha256(t)[:16]",
+)
+
+
+def create_macros(connection: duckdb.DuckDBPyConnection) -> None:
+    """Create the macros `one_line` (queries, titles), `lines` (passages), `query_key`, `words`, `passage_text`."""
+    for macro in _MACROS:
+        connection.execute(f"CREATE OR REPLACE TEMP MACRO {macro}")

@@ -1,0 +1,50 @@
+"""Why a row can be dropped. A row has one reason: the first of this list that applies to it."""
+
+from __future__ import annotations
+
+MISSING_ID = "missing_id"
+EMPTY_QUERY = "null_or_empty_query"
+QUERY_TOO_SHORT = "query_too_short"
+QUERY_TOO_LONG = "query_too_long"
+EMPTY_PASSAGE = "null_or_empty_passage"
+PASSAGE_TOO_SHORT = "passage_too_short"
+PASSAGE_TOO_LONG = "passage_too_long"
+QUERY_EQUALS_PASSAGE = "query_equals_passage"
+INVALID_RELEVANCE = "invalid_relevance"
+INVALID_SPLIT = "invalid_split"
+DUPLICATE_ID = "duplicate_id"
+DUPLICATE_QUERY = "duplicate_query"
+DUPLICATE_PASSAGE = "duplicate_passage"
+UNKNOWN_QUERY = "unknown_query"
+UNKNOWN_PASSAGE = "unknown_passage"
+NEAR_DUPLICATE_PASSAGE = "near_duplicate_passage"
+CONTRADICTION = "contradiction"
+DUPLICATE = "duplicate"
+SPLIT_LEAK = "split_leak"
+OVERLAP_LEAK = "overlap_leak"
+QUERY_WITHOUT_POSITIVE = "query_without_positive"
+
+REASONS = {
+    MISSING_ID: "a corpus, queries or qrels row without its id",
+    EMPTY_QUERY: "no query, or nothing visible in it",
+    QUERY_TOO_SHORT: "fewer characters than `query_min_characters`",
+    QUERY_TOO_LONG: "more characters than `query_max_characters`",
+    EMPTY_PASSAGE: "no passage (positive, negative), or nothing visible in it",
+    PASSAGE_TOO_SHORT: "fewer characters than `passage_min_characters`",
+    PASSAGE_TOO_LONG: "more characters than `passage_max_characters`",
+    QUERY_EQUALS_PASSAGE: "query and passage are the same text, letter case aside",
+    INVALID_RELEVANCE: "the relevance is null, NaN or infinite",
+    INVALID_SPLIT: "the split is not one of train, dev, validation, val, test",
+    DUPLICATE_ID: "the id was given to another text before",
+    DUPLICATE_QUERY: "a query of another row with the same text; its judgements are kept, under one id",
+    DUPLICATE_PASSAGE: "a passage of another row with the same text; its judgements are kept, under one id",
+    UNKNOWN_QUERY: "a judgement whose query is nowhere, or was dropped",
+    UNKNOWN_PASSAGE: "a judgement whose passage is nowhere, or was dropped",
+    NEAR_DUPLICATE_PASSAGE: "a corpus passage that gave way to a near-duplicate, which inherits its judgements",
+    CONTRADICTION: "one query and passage, judged differently in two rows; all of them go",
+    DUPLICATE: "the same query and passage again, word for word or through a near-duplicate",
+    SPLIT_LEAK: "shares its query, document or near-duplicate cluster with a split that goes before (test, dev, train)",
+    OVERLAP_LEAK: "its passage repeats too much of a passage that dev or test ask for",
+    QUERY_WITHOUT_POSITIVE: "nothing answers the query (any more)",
+}
+"""Reason -> what it means, in the order in which rows are looked at."""

@@ -1,0 +1,281 @@
+"""From raw rows to judgements between distinct queries and passages: everything that needs no split.
+
+Each function takes the connection that `clean` works on and leaves tables in it:
+
+    rows        one a raw row: normalised texts, query_key, split, and the hash of each text
+    rejections  row, reason, detail; `live` is the view of the rows that are not in it
+    mentions    every place where a live row names a passage, with its canonical `passage_id`
+    judgements  row, query_id, passage_id, negative_id (triplets), relevance, split, and the ids the row's own texts
+                had before near-duplicates were merged; `judged` is the view of what stands, a row each judgement
+    passages    passage_id, title, text; passage_clusters: passage_id -> cluster_id
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from embed_pipeline.cleaning import reasons
+from embed_pipeline.cleaning.near_duplicates import near_duplicate_clusters
+from embed_pipeline.settings import CleaningSettings, NearDuplicateSettings
+
+Connection = duckdb.DuckDBPyConnection
+
+
+def reject(connection: Connection, reason: str, found: str) -> None:
+    """Drop the rows that the query `found` (columns row, detail) names, unless they have been dropped before."""
+    connection.execute(
+        f"""INSERT INTO rejections SELECT row, '{reason}', min(detail) FROM ({found})
+            WHERE row NOT IN (SELECT row FROM rejections) GROUP BY row"""
+    )
+
+
+def load_rows(connection: Connection, raw_file: Path) -> None:
+    """Read and normalise the raw table. Empty texts and ids become null; a null split means train."""
+    connection.execute(
+        """
+        CREATE TABLE rows AS
+        SELECT *, query_key(query) AS query_key,
+            'q-' || short_hash(query) AS query_hash,
+            'p-' || short_hash(passage_text(title, passage)) AS passage_hash,
+            'p-' || short_hash(negative) AS negative_hash
+        FROM (
+            SELECT file_row_number AS row, source, row_number, kind,
+                nullif(trim(query_id), '') AS query_id, one_line(query) AS query,
+                nullif(trim(passage_id), '') AS passage_id, one_line(title) AS title,
+                lines(passage) AS passage, lines(negative) AS negative, relevance,
+                nullif(trim(document_id), '') AS document_id, split AS delivered_split,
+                CASE lower(trim(coalesce(split, '')))
+                    WHEN '' THEN 'train' WHEN 'train' THEN 'train'
+                    WHEN 'dev' THEN 'dev' WHEN 'val' THEN 'dev' WHEN 'validation' THEN 'dev'
+                    WHEN 'test' THEN 'test' END AS split
+            FROM read_parquet($raw, file_row_number = true)
+        )
+        """,
+        {"raw": str(raw_file)},
+    )
+    connection.execute("CREATE TABLE rejections (row BIGINT, reason VARCHAR, detail VARCHAR)")
+    connection.execute("CREATE VIEW live AS SELECT * FROM rows WHERE row NOT IN (SELECT row FROM rejections)")
+
+
+def reject_bad_rows(connection: Connection, settings: CleaningSettings) -> None:
+    """Everything that can be seen on a single row."""
+    judged = "kind IN ('pair', 'triplet')"
+    reject(
+        connection,
+        reasons.MISSING_ID,
+        # An extra corpus may have no ids at all; a corpus with ids has one for every row.
+        """SELECT row, 'no ' || CASE WHEN kind = 'query' OR (kind = 'judgement' AND query_id IS NULL) THEN 'query_id'
+                ELSE 'passage_id' END AS detail
+           FROM live JOIN (SELECT source, count(passage_id) > 0 AS with_ids FROM rows GROUP BY source) USING (source)
+           WHERE (kind = 'judgement' AND (query_id IS NULL OR passage_id IS NULL))
+              OR (kind = 'query' AND query_id IS NULL) OR (kind = 'passage' AND passage_id IS NULL AND with_ids)""",
+    )
+    asked = f"({judged} OR kind = 'query')"
+    reject(connection, reasons.EMPTY_QUERY, f"SELECT row, NULL AS detail FROM live WHERE {asked} AND query IS NULL")
+    for text, few, many, smallest, largest in (
+        ("query", reasons.QUERY_TOO_SHORT, reasons.QUERY_TOO_LONG, *_limits(settings, "query")),
+        ("passage", reasons.PASSAGE_TOO_SHORT, reasons.PASSAGE_TOO_LONG, *_limits(settings, "passage")),
+    ):
+        if text == "passage":
+            reject(
+                connection,
+                reasons.EMPTY_PASSAGE,
+                f"""SELECT row, CASE WHEN passage IS NOT NULL THEN 'negative' END AS detail FROM live
+                    WHERE ({judged} OR kind = 'passage') AND passage IS NULL
+                       OR kind = 'triplet' AND negative IS NULL""",
+            )
+        columns = [text, "negative"] if text == "passage" else [text]
+        for reason, wrong in ((few, f"< {smallest}"), (many, f"> {largest}")):
+            checks = " UNION ALL ".join(
+                f"SELECT row, '{column}: ' || length({column}) || ' characters' AS detail FROM live "
+                f"WHERE length({column}) {wrong}"
+                for column in columns
+            )
+            reject(connection, reason, checks)
+    reject(
+        connection,
+        reasons.QUERY_EQUALS_PASSAGE,
+        f"SELECT row, NULL AS detail FROM live WHERE {judged} AND lower(query) = lower(replace(passage, chr(10), ' '))",
+    )
+    reject(
+        connection,
+        reasons.INVALID_RELEVANCE,
+        # Pairs may come without relevance; a file that gives it gives it for every row.
+        """SELECT row, 'relevance ' || coalesce(relevance::VARCHAR, 'null') AS detail
+           FROM live JOIN (SELECT source, count(relevance) > 0 AS graded FROM rows GROUP BY source) USING (source)
+           WHERE kind IN ('pair', 'judgement') AND (isnan(relevance) OR isinf(relevance)
+              OR relevance IS NULL AND (graded OR kind = 'judgement'))""",
+    )
+    reject(
+        connection,
+        reasons.INVALID_SPLIT,
+        "SELECT row, 'split ''' || delivered_split || '''' AS detail FROM live WHERE split IS NULL",
+    )
+
+
+def _limits(settings: CleaningSettings, text: str) -> tuple[int, int]:
+    return getattr(settings, f"{text}_min_characters"), getattr(settings, f"{text}_max_characters")
+
+
+def unite_texts(connection: Connection) -> None:
+    """One id a text. A delivered id stands (the smallest, where a text has several), otherwise the text's hash."""
+    for what, kinds in (("query", "('query', 'pair', 'triplet')"), ("passage", "('passage', 'pair', 'triplet')")):
+        reject(
+            connection,
+            reasons.DUPLICATE_ID,
+            f"""SELECT row, '{what}_id ' || {what}_id || ' stands for another text since ' || first_source
+                    || ' row ' || first_row AS detail
+                FROM live JOIN (
+                    SELECT {what}_id, arg_min({what}_hash, seen) AS hash, arg_min(source, seen) AS first_source,
+                        arg_min(row_number, seen) AS first_row
+                    FROM (SELECT *, row + CASE WHEN kind = '{what}' THEN 0 ELSE 1 << 40 END AS seen FROM live)
+                    WHERE kind IN {kinds} AND {what}_id IS NOT NULL GROUP BY {what}_id
+                ) USING ({what}_id)
+                WHERE kind IN {kinds} AND {what}_hash <> hash""",
+        )
+        connection.execute(
+            f"""CREATE TABLE {what}_names AS
+                SELECT {what}_hash AS hash,
+                    coalesce(min({what}_id) FILTER (kind = '{what}'), min({what}_id), {what}_hash) AS id
+                FROM live WHERE kind IN {kinds} GROUP BY {what}_hash"""
+        )
+    connection.execute(
+        "INSERT INTO passage_names SELECT DISTINCT negative_hash, negative_hash FROM live "
+        "WHERE kind = 'triplet' AND negative_hash NOT IN (SELECT hash FROM passage_names)"
+    )
+    connection.execute(
+        """CREATE TABLE mentions AS
+           SELECT row, kind, coalesce(l.passage_id, id) AS own_id, id AS passage_id, title, passage AS text, document_id
+           FROM live l JOIN passage_names ON hash = passage_hash WHERE kind IN ('passage', 'pair', 'triplet')
+           UNION ALL SELECT row, 'negative', id, id, NULL, negative, NULL
+           FROM live JOIN passage_names ON hash = negative_hash WHERE kind = 'triplet'"""
+    )
+    connection.execute(
+        """CREATE TABLE asked AS SELECT row, kind, coalesce(query_id, id) AS own_id, id AS query_id, query, query_key
+           FROM live l JOIN query_names ON hash = query_hash WHERE kind IN ('query', 'pair', 'triplet')"""
+    )
+
+
+def resolve_judgements(connection: Connection) -> None:
+    """Rows that say the same record twice, or judge what is not there, go; what is left becomes `judgements`."""
+    for what, reason, named in (
+        ("query", reasons.DUPLICATE_QUERY, "asked"),
+        ("passage", reasons.DUPLICATE_PASSAGE, "mentions"),
+    ):
+        reject(
+            connection,
+            reason,
+            f"""SELECT row, 'same text as {what} ' || {what}_id AS detail FROM {named} WHERE kind = '{what}'
+                QUALIFY row_number() OVER (PARTITION BY {what}_id ORDER BY own_id <> {what}_id, row) > 1""",
+        )
+    for what, reason, named in (
+        ("query", reasons.UNKNOWN_QUERY, "asked"),
+        ("passage", reasons.UNKNOWN_PASSAGE, "mentions"),
+    ):
+        connection.execute(f"CREATE TABLE {what}_ids AS SELECT DISTINCT own_id, {what}_id AS id FROM {named}")
+        reject(
+            connection,
+            reason,
+            f"""SELECT row, '{what}_id ' || {what}_id AS detail FROM live
+                WHERE kind = 'judgement' AND {what}_id NOT IN (SELECT own_id FROM {what}_ids)""",
+        )
+    connection.execute(
+        """CREATE TABLE judgements AS
+           SELECT row, q.id AS query_id, p.id AS passage_id, n.id AS negative_id,
+               p.id AS own_passage_id, n.id AS own_negative_id,
+               CASE WHEN coalesce(relevance, 1.0) > 0 THEN coalesce(relevance, 1.0) ELSE 0.0 END AS relevance, split
+           FROM live l JOIN query_names q ON q.hash = query_hash JOIN passage_names p ON p.hash = passage_hash
+           LEFT JOIN passage_names n ON n.hash = negative_hash WHERE kind IN ('pair', 'triplet')
+           UNION ALL
+           SELECT row, q.id, p.id, NULL, p.id, NULL, greatest(relevance, 0.0), split
+           FROM live l JOIN query_ids q ON q.own_id = l.query_id JOIN passage_ids p ON p.own_id = l.passage_id
+           WHERE kind = 'judgement'"""
+    )
+    connection.execute(
+        """CREATE VIEW judged AS
+           WITH standing AS (SELECT * FROM judgements WHERE row NOT IN (SELECT row FROM rejections))
+           SELECT row, query_id, passage_id, relevance, split FROM standing
+           UNION ALL SELECT row, query_id, negative_id, 0.0, split FROM standing WHERE negative_id IS NOT NULL"""
+    )
+
+
+def reject_contradictions_and_duplicates(connection: Connection, differ: str) -> None:
+    """Judgements of one query and passage: where they `differ` (an SQL condition) all go, otherwise the first stays.
+
+    Within one split only, so that a copy in another split is seen as the leak it is.
+    """
+    reject(
+        connection,
+        reasons.CONTRADICTION,
+        f"""SELECT row, 'query ' || query_id || ' and passage ' || passage_id || ' are judged ' || grades AS detail
+            FROM judged JOIN (
+                SELECT query_id, passage_id, array_to_string(list_sort(list(DISTINCT relevance)), ' and ') AS grades
+                FROM judged GROUP BY ALL HAVING {differ}
+            ) USING (query_id, passage_id)""",
+    )
+    reject(
+        connection,
+        reasons.DUPLICATE,
+        """SELECT row, 'query ' || query_id || ' and passage ' || passage_id AS detail FROM judgements
+           WHERE row NOT IN (SELECT row FROM rejections)
+           QUALIFY row_number() OVER (
+               PARTITION BY query_id, passage_id, negative_id, split ORDER BY relevance DESC, row) > 1""",
+    )
+
+
+def find_near_duplicates(connection: Connection, settings: NearDuplicateSettings) -> None:
+    """Cluster the passages; where they merge, the longest text (then the smallest id) stands for its cluster."""
+    connection.execute(
+        """CREATE TABLE passages AS
+           SELECT passage_id, arg_min(title, (kind <> 'passage', row)) AS title,
+               arg_min(text, (kind <> 'passage', row)) AS text
+           FROM mentions WHERE row NOT IN (SELECT row FROM rejections) GROUP BY passage_id"""
+    )
+    ordered = connection.sql(
+        "SELECT passage_id, passage_text(title, text) AS text FROM passages ORDER BY length(text) DESC, passage_id"
+    ).to_arrow_table()
+    ids = ordered["passage_id"].combine_chunks()
+    # Labels are the lowest index in a cluster: in this order, the passage that stands for it.
+    labels = near_duplicate_clusters(ordered["text"].to_pylist(), settings)
+    clusters = pa.table({"passage_id": ids, "cluster_id": ids.take(pa.array(labels))})
+    connection.register("found_clusters", clusters)
+    connection.execute("CREATE TABLE passage_clusters AS SELECT * FROM found_clusters")
+    connection.unregister("found_clusters")
+    # All documents that a text was delivered with link it, not only the one it is listed under.
+    stands_for = "cluster_id" if settings.action == "merge" else "passage_id"
+    connection.execute(
+        f"""CREATE TABLE passage_documents AS SELECT DISTINCT {stands_for} AS passage_id, document_id
+            FROM mentions JOIN passage_clusters USING (passage_id) WHERE document_id IS NOT NULL"""
+    )
+
+
+def merge_near_duplicates(connection: Connection) -> None:
+    """Judgements move to the passage that stands for the cluster; corpus rows that gave way are rejected."""
+    for column in ("passage_id", "negative_id"):
+        connection.execute(
+            f"""UPDATE judgements SET {column} = cluster_id FROM passage_clusters c
+                WHERE c.passage_id = judgements.{column} AND c.cluster_id <> c.passage_id"""
+        )
+    reject(
+        connection,
+        reasons.NEAR_DUPLICATE_PASSAGE,
+        """SELECT row, 'near-duplicate of passage ' || cluster_id AS detail
+           FROM mentions JOIN passage_clusters USING (passage_id)
+           WHERE kind = 'passage' AND cluster_id <> passage_id""",
+    )
+
+
+def reject_queries_without_positive(connection: Connection) -> None:
+    """A query that nothing answers goes, and with it what it was judged not to be answered by."""
+    reject(
+        connection,
+        reasons.QUERY_WITHOUT_POSITIVE,
+        """WITH answered AS (SELECT query_id FROM judged WHERE relevance > 0)
+           SELECT row, 'query ' || query_id AS detail FROM judged WHERE query_id NOT IN (SELECT * FROM answered)
+           UNION ALL
+           SELECT row, 'query ' || query_id FROM asked
+           WHERE kind = 'query' AND query_id NOT IN (SELECT * FROM answered)""",
+    )
