@@ -6,10 +6,11 @@ import torch
 from sentence_transformers import CrossEncoder
 
 from embed_pipeline.training.job import RerankerJob
+from embed_pipeline.training.modules import set_up_for_training
 
 
 def load_cross_encoder(job: RerankerJob, device: str) -> CrossEncoder:
-    """The job's base model in float32; an encoder without a head gets a fresh one, from the job's seed.
+    """The job's base model, ready to train; an encoder without a head gets a fresh one, from the job's seed.
 
     The saved model gives logits, not probabilities: what FlagReranker gives, and what listwise losses train.
     """
@@ -21,7 +22,8 @@ def load_cross_encoder(job: RerankerJob, device: str) -> CrossEncoder:
         activation_fn=torch.nn.Identity(),
         trust_remote_code=job.trust_remote_code,
         local_files_only=True,
-    ).float()
+    )
+    set_up_for_training(model, job.settings, device)
     model.max_seq_length = pair_length(job, model)
     return model
 

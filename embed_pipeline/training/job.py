@@ -10,7 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.settings import EmbedderSettings, RerankerSettings, TrainingSettings
 
+# What stands in the output folder; `training.output` says what each holds.
 JOB_FILE = "job.json"
+MODEL_FOLDER = "model"
+SUMMARY_FILE = "summary.json"
+TRAINING_LOG_FILE = "training_log.jsonl"
+SERVING_FILE = "serving.json"
 
 
 class TrainingJob(BaseModel):

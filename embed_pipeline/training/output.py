@@ -11,15 +11,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
-from embed_pipeline.settings import EncodingSettings
-from embed_pipeline.training.job import RerankerJob, TrainingJob
-
-MODEL_FOLDER = "model"
-SUMMARY_FILE = "summary.json"
-SERVING_FILE = "serving.json"
+from embed_pipeline.settings import EncodingSettings, ModelSource
+from embed_pipeline.training.job import MODEL_FOLDER, SERVING_FILE, SUMMARY_FILE, EmbedderJob, RerankerJob, TrainingJob
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def embedder_card(job: TrainingJob, summary: Summary, encoding: EncodingSettings) -> str:
+def embedder_card(job: EmbedderJob, summary: Summary, encoding: EncodingSettings) -> str:
     """The model card of an embedder, with the three lines that load it in either library."""
     instruction = f"query_instruction_for_retrieval={encoding.query_prompt!r}, " if encoding.query_prompt else ""
     usage = f"""\
@@ -108,10 +105,15 @@ embedder's score should have in the final ranking.
     return _card(job, summary, "text-ranking", "A reranker", usage)
 
 
-def _card(job: TrainingJob, summary: Summary, task: str, what: str, usage: str) -> str:
-    base = getattr(job.settings, "base_model", None)
-    hub = getattr(base, "hub", None)
-    origin = f"{hub} at revision {base.revision}" if hub and base else f"`{base}`" if base == "embedder" else None
+def _origin(base: ModelSource | Literal["embedder"]) -> str:
+    if not isinstance(base, ModelSource):
+        return "the fine-tuned embedder of the same pipeline"
+    return f"{base.hub} at revision {base.revision}" if base.hub else f"`{base.package or base.path}`"
+
+
+def _card(job: EmbedderJob | RerankerJob, summary: Summary, task: str, what: str, usage: str) -> str:
+    base = job.settings.base_model
+    hub = base.hub if isinstance(base, ModelSource) else None
     front_matter = "\n".join(
         [
             "---",
@@ -127,7 +129,7 @@ def _card(job: TrainingJob, summary: Summary, task: str, what: str, usage: str) 
 
 # {what}
 
-Fine-tuned with embed_pipeline from {origin or f"`{job.base_model.name}`"} on {summary.queries} queries.
+Fine-tuned with embed_pipeline from {_origin(base)} on {summary.queries} queries.
 
 ## Use
 

@@ -84,7 +84,7 @@ def check_same_weights(model: nn.Module) -> None:
     different = [rank for rank, theirs in enumerate(of_all) if theirs != of_all[0]]
     if different:
         raise TrainingError(
-            f"ranks {different} ended with other weights than rank 0: gradients were not shared. Do not use this model; "
+            f"ranks {different} ended with other weights than rank 0: gradients were not shared. Do not use the model; "
             "train with one process, and report the base model with which this happens"
         )
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from embed_pipeline.tracking.metrics import MetricsLogger
+from embed_pipeline.training.job import TRAINING_LOG_FILE
 
 if TYPE_CHECKING:
     from dagster_pipes import PipesContext
-
-TRAINING_LOG_FILE = "training_log.jsonl"
 
 
 @dataclass

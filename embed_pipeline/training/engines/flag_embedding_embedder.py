@@ -17,6 +17,7 @@ from embed_pipeline.models.embedder import encoding_of, load_sentence_transforme
 from embed_pipeline.training.arguments import check_steps, trainer_arguments
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.job import EmbedderJob
+from embed_pipeline.training.modules import set_up_for_training
 from embed_pipeline.training.process import Rank
 from embed_pipeline.training.rows import TrainingQuery
 
@@ -35,7 +36,8 @@ def prepare(
     check_steps(job, rank, len(queries), "queries")
     model = load_sentence_transformer(
         job.base_model, settings.encoding, device=rank.device, trust_remote_code=job.trust_remote_code
-    ).float()
+    )
+    set_up_for_training(model, settings, rank.device)
     encoding = encoding_of(model)
     assert encoding.pooling is not None
     runner = EncoderOnlyEmbedderRunner(

@@ -20,6 +20,7 @@ from embed_pipeline.settings import EmbedderSettings
 from embed_pipeline.training.arguments import check_steps, trainer_arguments
 from embed_pipeline.training.engines import Prepared, loss_arguments
 from embed_pipeline.training.job import EmbedderJob
+from embed_pipeline.training.modules import set_up_for_training
 from embed_pipeline.training.process import Rank
 from embed_pipeline.training.rows import TrainingQuery, groups
 
@@ -38,7 +39,8 @@ def prepare(
     settings = job.settings
     model = load_sentence_transformer(
         job.base_model, settings.encoding, device=rank.device, trust_remote_code=job.trust_remote_code
-    ).float()
+    )
+    set_up_for_training(model, settings, rank.device)
     rows = list(groups(queries, settings.train_group_size))
     check_steps(job, rank, len(rows), "(query, positive) pairs")
     columns = {"query": [row[0] for row in rows], "positive": [row[1] for row in rows]}

@@ -1,0 +1,125 @@
+"""A small search problem in the tables' own schemas, and jobs on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from embed_pipeline import tables
+from embed_pipeline.launch.local import run_local
+from embed_pipeline.launch.torchrun import torchrun_command
+from embed_pipeline.training.job import TrainingJob
+
+TOPICS = ["river", "engine", "garden", "violin", "harbor", "market", "planet", "winter"]
+WORDS = ["old", "new", "blue", "deep", "loud", "slow", "warm", "cold", "tall", "thin", "rich", "wild", "calm", "dark"]
+QUERY_WITHOUT_NEGATIVES = "q0"
+QUERY_WITH_TWO_POSITIVES = "q1"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """64 queries (48 train, 16 dev), 200 passages; a query's answer holds the two words that it asks for."""
+
+    cleaned_pairs: Path
+    hard_negatives: Path
+    dev_candidates: Path
+
+
+def write_problem(folder: Path) -> Problem:
+    generator = np.random.default_rng(7)
+    combinations = [(topic, word) for topic in TOPICS for word in WORDS]
+    combinations = [combinations[i] for i in generator.permutation(len(combinations))]
+    passages = [f"the {word} {topic} stands number {i}" for i, (topic, word) in enumerate(combinations)]
+    passages += [f"nothing much about item {i}" for i in range(200 - len(passages))]
+    queries = [f"where is the {topic} that is {word}" for topic, word in combinations[:64]]
+    table = pa.table(
+        {
+            "query_id": [f"q{i}" for i in range(64)],
+            "query": queries,
+            "split": ["train"] * 48 + ["dev"] * 16,
+            "group_id": [f"g{i}" for i in range(64)],
+        }
+    )
+    tables.write(table, tables.QUERIES, folder / tables.QUERIES_FILE)
+    ids = [f"p{i}" for i in range(200)]
+    table = pa.table(
+        {
+            "passage_id": ids,
+            "title": pa.nulls(200, pa.string()),
+            "text": passages,
+            "document_id": pa.nulls(200, pa.string()),
+            "cluster_id": ids,
+        }
+    )
+    tables.write(table, tables.PASSAGES, folder / tables.PASSAGES_FILE)
+    judged = [(f"q{i}", f"p{i}") for i in range(64)] + [(QUERY_WITH_TWO_POSITIVES, "p70")]
+    table = pa.table(
+        {"query_id": [q for q, _ in judged], "passage_id": [p for _, p in judged], "relevance": [1.0] * len(judged)}
+    )
+    tables.write(table, tables.QRELS, folder / tables.QRELS_FILE)
+    _write_negatives(folder, generator)
+    _write_candidates(folder, generator)
+    return Problem(folder, folder, folder / tables.CANDIDATES_FILE)
+
+
+def _write_negatives(folder: Path, generator: np.random.Generator) -> None:
+    rows = []
+    for i in range(48):
+        positives = [f"p{i}", "p70"] if f"q{i}" == QUERY_WITH_TWO_POSITIVES else [f"p{i}"]
+        others = [f"p{j}" for j in generator.permutation(112) if f"p{j}" not in positives]
+        negatives = [] if f"q{i}" == QUERY_WITHOUT_NEGATIVES else others[: 1 + i % 4]
+        rows.append(
+            {
+                "query_id": f"q{i}",
+                "positive_ids": positives,
+                "negative_ids": negatives,
+                "positive_scores": [0.9] * len(positives),
+                "negative_scores": [0.5] * len(negatives),
+                "negative_origins": ["mined"] * len(negatives),
+            }
+        )
+    table = pa.Table.from_pylist(rows, schema=tables.HARD_NEGATIVES)
+    tables.write(table, tables.HARD_NEGATIVES, folder / tables.HARD_NEGATIVES_FILE)
+
+
+def _write_candidates(folder: Path, generator: np.random.Generator) -> None:
+    rows = []
+    for i in range(48, 64):
+        others = [f"p{j}" for j in generator.permutation(112) if j != i][:11]
+        # The last dev query's answer was not retrieved.
+        candidates = others if i == 63 else [*others[: i % 5], f"p{i}", *others[i % 5 :]]
+        rows += [
+            {"query_id": f"q{i}", "rank": rank, "passage_id": id, "score": 0.9 - 0.05 * rank}
+            for rank, id in enumerate(candidates)
+        ]
+    table = pa.Table.from_pylist(rows, schema=tables.CANDIDATES)
+    tables.write(table, tables.CANDIDATES, folder / tables.CANDIDATES_FILE)
+
+
+@dataclass(frozen=True)
+class Trained:
+    job: TrainingJob
+    output: Path
+    summary: dict[str, Any]
+    log: list[dict[str, float]]
+
+    @property
+    def model(self) -> Path:
+        return self.output / "model"
+
+
+def read_output(job: TrainingJob) -> Trained:
+    log = [json.loads(line) for line in (job.output / "training_log.jsonl").read_text().splitlines()]
+    return Trained(job, job.output, json.loads((job.output / "summary.json").read_text()), log)
+
+
+def launch(job: TrainingJob, folder: Path) -> None:
+    job_file = job.write(folder / "job.json")
+    run_local(
+        torchrun_command(job.entry_point, job_file, job.world_size), env={}, error_file=folder / "error.json"
+    )

@@ -1,0 +1,136 @@
+"""What one rank shows as well as many: determinism, the best weights, early stopping, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pytest
+from safetensors.torch import load_file
+from small_problem import Problem, Trained, launch
+
+from embed_pipeline import tables
+from embed_pipeline.errors import TrainingError
+from embed_pipeline.training.job import EmbedderJob, TrainingJob
+
+KINDS = [
+    ("embedder", {"engine": "sentence-transformers"}),
+    ("embedder", {"engine": "flag-embedding"}),
+    ("reranker", {"engine": "sentence-transformers"}),
+    ("reranker", {"engine": "flag-embedding"}),
+]
+
+
+def same_weights(one: Trained, other: Trained) -> bool:
+    first, second = load_file(one.model / "model.safetensors"), load_file(other.model / "model.safetensors")
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
+def test_the_same_seed_gives_the_same_weights_bit_by_bit(
+    train_here: Callable[..., Trained], kind: str, settings: dict[str, Any]
+) -> None:
+    first = train_here(kind, **settings)
+    assert same_weights(first, train_here(kind, **settings))
+    assert not same_weights(first, train_here(kind, seed=4, **settings))
+
+
+def test_the_model_holds_the_best_weights_of_the_run(train_here: Callable[..., Trained]) -> None:
+    from embed_pipeline.models.embedder import Embedder
+    from embed_pipeline.training.dev_set import EmbedderDevSet
+
+    trained = train_here("embedder", learning_rate=1e-2, epochs=4, evaluations=6, early_stopping_patience=6)
+    dev = {row["step"]: row["dev_ndcg_at_10"] for row in trained.log if "dev_ndcg_at_10" in row}
+    assert trained.summary["best_step"] < trained.summary["steps"], "choose settings whose last weights are not best"
+    assert isinstance(trained.job, EmbedderJob)
+    questions = EmbedderDevSet.read(trained.job)
+    assert questions is not None
+    saved = questions.ndcg_at_10(Embedder(trained.model, precision="float32"))
+    assert saved == pytest.approx(dev[trained.summary["best_step"]], abs=1e-9)
+
+
+def test_training_stops_when_dev_gets_no_better(train_here: Callable[..., Trained]) -> None:
+    trained = train_here("embedder", learning_rate=1e-12, epochs=4, evaluations=4, early_stopping_patience=1)
+    assert trained.summary["steps"] == 24  # of 48: the second evaluation was no better than the first
+    assert trained.summary["best_step"] == 12
+
+
+@pytest.mark.parametrize("loss", ["ListNetLoss", "ListMLELoss", "PListMLELoss", "RankNetLoss", "ADRMSELoss"])
+def test_every_listwise_loss_that_is_offered_trains(train_here: Callable[..., Trained], loss: str) -> None:
+    assert train_here("reranker", loss=loss, max_steps=2).summary["steps"] == 2
+
+
+def test_dropout_is_for_the_training_only(train_here: Callable[..., Trained]) -> None:
+    with_dropout, without = train_here("embedder", max_steps=4), train_here("embedder", max_steps=4, dropout=0.0)
+    assert not same_weights(with_dropout, without)
+    assert (with_dropout.model / "config.json").read_text() == (without.model / "config.json").read_text()
+
+
+@pytest.mark.parametrize("engine", ["sentence-transformers", "flag-embedding"])
+def test_all_the_optimizer_settings_are_taken(train_here: Callable[..., Trained], engine: str) -> None:
+    trained = train_here(
+        "embedder", engine=engine, train_group_size=1, gradient_accumulation_steps=2, gradient_checkpointing=True,
+        precision="bfloat16", scheduler="cosine", train_queries=32, max_steps=3, negatives_cross_device=False,
+    )  # fmt: skip
+    assert trained.summary["queries"] == 32
+    assert (trained.summary["steps"], trained.summary["precision"]) == (3, "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["embedder", "reranker"])
+def test_without_dev_queries_the_last_weights_are_kept(
+    train_here: Callable[..., Trained], problem: Problem, tmp_path: Path, kind: str
+) -> None:
+    import pyarrow.parquet as pq
+
+    for file in problem.cleaned_pairs.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    queries = pq.read_table(problem.cleaned_pairs / tables.QUERIES_FILE)
+    (tmp_path / tables.QUERIES_FILE).unlink()
+    train_only = queries.filter(pc.equal(queries["split"], "train"))
+    tables.write(train_only, tables.QUERIES, tmp_path / tables.QUERIES_FILE)
+
+    trained = train_here(kind, lambda job: job.model_copy(update={"cleaned_pairs": tmp_path}), max_steps=2)
+
+    assert trained.summary["dev_ndcg_at_10"] is None
+    assert trained.summary["dev_queries"] == 0
+    assert trained.model.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("embedder", {"learning_rate": 1e38}, r"became (nan|inf).* by step \d+.*Lower learning_rate"),
+        ("reranker", {"learning_rate": 1e38, "engine": "flag-embedding"}, r"became (nan|inf).*Lower learning_rate"),
+        ("embedder", {"batch_size": 50}, r"49 \(query, positive\) pairs do not fill one step.*Lower batch_size to 49"),
+        ("embedder", {"batch_size": 50, "engine": "flag-embedding"}, "48 queries do not fill one step"),
+        ("embedder", {"batch_size": 49, "train_group_size": 5}, "no step was made.*equal texts never share a batch"),
+        ("embedder", {"loss_arguments": {"margin": 1}}, "takes no margin. Allowed: similarity_fct, directions"),
+        ("reranker", {"loss_arguments": {"k": 1}}, "BinaryCrossEntropyLoss takes no k. Allowed: pos_weight"),
+        ("embedder", {"precision": "float16"}, "float16 trains on a CUDA GPU only"),
+    ],
+)
+def test_refusals(
+    train_here: Callable[..., Trained], kind: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainingError, match=f"(?s){message}"):
+        train_here(kind, **settings)
+
+
+def test_a_job_for_more_processes_than_there_are_is_refused(train_here: Callable[..., Trained]) -> None:
+    with pytest.raises(TrainingError, match="for 2 processes, but 1 were started"):
+        train_here("embedder", lambda job: job.model_copy(update={"world_size": 2}))
+
+
+def test_the_failing_ranks_cause_is_the_error(job_of: Callable[..., TrainingJob], tmp_path: Path) -> None:
+    job = job_of("embedder", tmp_path / "output", loss_arguments={"margin": 1})
+    with pytest.raises(TrainingError, match="loss_arguments: MultipleNegativesRankingLoss takes no margin"):
+        launch(job, tmp_path)
+
+
+def test_a_bug_of_ours_shows_its_traceback(job_of: Callable[..., TrainingJob], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    job = job_of("embedder", tmp_path / "output").model_copy(update={"base_model": tmp_path / "tokenizer"})
+    with pytest.raises(TrainingError, match=r"(?s)the training failed with .*Traceback.*load_sentence_transformer"):
+        launch(job, tmp_path)
