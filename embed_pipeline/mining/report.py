@@ -13,7 +13,6 @@ from embed_pipeline.models.collection import Collection
 _BINS = 50
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _EXAMPLES = 5
-_EXAMPLE_CHARACTERS = 240
 
 
 class _Part(BaseModel):
@@ -101,7 +100,7 @@ def examples_of(collection: Collection, selection: Selection, positive_scores: n
 
     def shown(at: np.ndarray, passages: np.ndarray, scores: np.ndarray, why: list[str]) -> list[ExamplePassage]:
         return [
-            ExamplePassage(text=_short(collection.texts[passages[i]]), score=float(scores[i]), why=reason)
+            ExamplePassage(text=excerpt(collection.texts[passages[i]]), score=float(scores[i]), why=reason)
             for i, reason in zip(at, why, strict=True)
         ]
 
@@ -124,7 +123,7 @@ def examples_of(collection: Collection, selection: Selection, positive_scores: n
     return examples
 
 
-def _short(text: str) -> str:
-    # By characters: a language without spaces has no words to cut at.
+def excerpt(text: str, characters: int = 240) -> str:
+    """The beginning of a text on one line, cut by characters: a language without spaces has no words to cut at."""
     line = " ".join(text.split())
-    return line if len(line) <= _EXAMPLE_CHARACTERS else f"{line[: _EXAMPLE_CHARACTERS - 1]}…"
+    return line if len(line) <= characters else f"{line[: characters - 1]}…"

@@ -1,0 +1,127 @@
+"""The report's plots: SVG in the page's own colours and font, so that they follow its light and dark theme."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from embed_pipeline.drawing import svg_of
+from embed_pipeline.evaluation.results import Comparison
+from embed_pipeline.evaluation.verdict import METRIC_NAMES
+from embed_pipeline.mining.report import ScoreSummary
+
+# matplotlib must be given colours; these stand for the page's CSS variables and are replaced in the drawn text.
+_VARIABLES = {
+    "#000001": "var(--ink)",
+    "#000002": "var(--muted)",
+    "#000003": "var(--line)",
+    "#000004": "var(--better)",
+    "#000005": "var(--worse)",
+    "#000006": "var(--accent)",
+    "#000007": "var(--other)",
+}
+_INK, _MUTED, _LINE, _BETTER, _WORSE, _ACCENT, _OTHER = _VARIABLES
+_OF_VERDICT = {"better": _BETTER, "worse": _WORSE, "undecided": _MUTED}
+_STYLE: Any = {
+    "text.color": _INK,
+    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": _LINE,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 10.5,
+    "legend.frameon": False,
+}
+
+
+def gains_plot(rows: Sequence[Comparison], name: str) -> str:
+    """One line a metric: the gain as a dot, its interval as a bar, coloured by what the interval says."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(0.34 * len(rows) + 0.75, width=5.2)
+        places = np.arange(len(rows))[::-1]
+        axes.axvline(0, color=_MUTED, linewidth=1, dashes=(3, 3))
+        for place, row in zip(places, rows, strict=True):
+            colour = _OF_VERDICT[row.verdict]
+            axes.plot(
+                [row.interval_low, row.interval_high],
+                [place, place],
+                color=colour,
+                linewidth=5,
+                alpha=0.35,
+                solid_capstyle="round",
+            )
+            axes.plot([row.gain], [place], "o", color=colour, markersize=7)
+        axes.set_yticks(places, [METRIC_NAMES[row.metric] for row in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(axis="x", color=_LINE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.xaxis.set_major_formatter(lambda value, _: _signed(value, 2))
+        axes.margins(x=0.08)
+        return _themed(figure, name)
+
+
+def scores_plot(scores: ScoreSummary, limits: tuple[float, float], name: str) -> str:
+    """Similarity of the positives against that of each query's best other passage."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(2.5, width=5.2)
+        edges = np.array(scores.edges)
+        for (kind, counts), colour in zip(scores.counts.items(), (_ACCENT, _OTHER), strict=True):
+            share = np.array(counts) / max(1, sum(counts)) / np.diff(edges)
+            axes.stairs(share, edges, fill=True, color=colour, alpha=0.28, linewidth=0)
+            axes.stairs(share, edges, color=colour, linewidth=1.5, label=kind)
+        axes.set_xlim(*limits)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("cosine similarity to the query")
+        axes.legend(loc="upper left", fontsize=9.5)
+        return _themed(figure, name)
+
+
+def changes_plot(changes: np.ndarray, name: str) -> str:
+    """(n,) per-query change of nDCG@10 -> how many queries changed by how much; the unchanged are in the title."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(2.5)
+        edges = np.linspace(-1.0, 1.0, 41)
+        moved = changes[changes != 0]
+        counts = np.histogram(np.clip(moved, -1, 1), edges)[0]
+        colours = [_WORSE if right <= 0 else _BETTER for right in edges[1:]]
+        axes.bar(edges[:-1], counts, width=np.diff(edges) * 0.86, align="edge", color=colours, alpha=0.8)
+        axes.axvline(0, color=_MUTED, linewidth=1)
+        axes.set_xlim(-1.02, 1.02)
+        axes.set_xlabel(f"change of nDCG@10 (unchanged: {len(changes) - len(moved):,} of {len(changes):,} questions)")
+        axes.set_ylabel("questions")
+        axes.grid(axis="y", color=_LINE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_formatter(lambda value, _: _signed(value, 1))
+        return _themed(figure, name)
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}") if abs(value) > 1e-9 else "0"
+
+
+def _figure(height: float, width: float = 7.4) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _themed(figure: Figure, name: str) -> str:
+    svg = svg_of(figure, name)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", svg)
+    # The page decides the width.
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)

@@ -1,0 +1,192 @@
+"""The report: one self-contained HTML page for a person, and a table for the terminal, from an evaluation's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from markupsafe import Markup
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from embed_pipeline.errors import ArtifactError
+from embed_pipeline.evaluation.metrics import METRICS
+from embed_pipeline.evaluation.plots import changes_plot, gains_plot, scores_plot
+from embed_pipeline.evaluation.results import (
+    DETAILS_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+    Comparison,
+    Details,
+    EvaluationReport,
+)
+from embed_pipeline.evaluation.systems import BASE_EMBEDDER, EMBEDDER, RERANKER, RERANKER_ALONE
+from embed_pipeline.evaluation.verdict import METRIC_NAMES, SYSTEM_NAMES, interval, percent, row_of, signed
+from embed_pipeline.tables import PER_QUERY_FILE
+
+_TERMINAL_METRICS = ("ndcg_at_10", "mrr_at_10", "recall_at_10", "hit_rate_at_1", "map_at_100")
+_COLOURS = {"better": "green", "worse": "red", "undecided": "dim"}
+
+
+def read_report(folder: Path) -> EvaluationReport:
+    """What `evaluate` wrote into `folder`. Raises ArtifactError when it is not an evaluation."""
+    for name in (SUMMARY_FILE, DETAILS_FILE, PER_QUERY_FILE):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"no {name} in {folder}: expected the folder of an evaluation version")
+    summary = [Comparison.model_validate(row) for row in json.loads((folder / SUMMARY_FILE).read_text("utf-8"))]
+    details = Details.model_validate_json((folder / DETAILS_FILE).read_text("utf-8"))
+    return EvaluationReport(summary=summary, details=details)
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` beside the figures of an evaluation: no script, no request, light and dark."""
+    report = read_report(folder)
+    details = report.details
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"signed": signed, "percent": percent}
+    page = environment.get_template("report.html").render(
+        details=details,
+        cards=_cards(report.summary),
+        tables=_tables(report),
+        metric_names=METRIC_NAMES,
+        system_names=SYSTEM_NAMES,
+        interval=lambda row: interval(row, details.confidence),
+        verdict=_needed(report.summary, EMBEDDER, "ndcg_at_10").verdict,
+        reranker_verdict=_verdict_of(details.over_embedder, RERANKER),
+        plots={name: Markup(svg) for name, svg in _plots(report, folder).items()},
+    )
+    path = folder / REPORT_FILE
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def terminal_table(folder: Path) -> Group:
+    """The verdict and the main figures, for rich's `Console.print`."""
+    report = read_report(folder)
+    details = report.details
+    table = Table(title=details.title, title_justify="left", caption_justify="left")
+    table.add_column("system", no_wrap=True)
+    table.add_column("questions", justify="right")
+    for metric in _TERMINAL_METRICS:
+        table.add_column(METRIC_NAMES[metric], justify="right", no_wrap=True)
+    for system in dict.fromkeys(row.system for row in report.summary):
+        rows = {row.metric: row for row in report.summary if row.system == system}
+        cells = [_terminal_cell(rows[metric]) for metric in _TERMINAL_METRICS]
+        table.add_row(SYSTEM_NAMES[system], f"{rows['ndcg_at_10'].num_queries:,}", *cells)
+    table.caption = (
+        f"below each figure: gain over the base embedder on the same questions; green and red where its "
+        f"{percent(details.confidence)} interval leaves out 0"
+    )
+    verdict = _needed(report.summary, EMBEDDER, "ndcg_at_10").verdict
+    said = "\n".join([details.headline, *details.verdicts.values()])
+    return Group(table, Panel(Text(said), border_style=_COLOURS[verdict]))
+
+
+def _terminal_cell(row: Comparison) -> Text:
+    cell = Text(f"{row.value:.3f}")
+    if row.system != BASE_EMBEDDER:
+        cell.append(f"\n{signed(row.gain)}", style=_COLOURS[row.verdict])
+    return cell
+
+
+def _cards(summary: list[Comparison]) -> list[dict[str, Any]]:
+    told = {
+        "hit_rate_at_1": "right passage first",
+        "hit_rate_at_10": "right passage in the first ten",
+        "ndcg_at_10": "nDCG@10, quality of the first ten",
+    }
+    return [{"what": what, "row": _needed(summary, EMBEDDER, metric)} for metric, what in told.items()]
+
+
+def _tables(report: EvaluationReport) -> list[dict[str, Any]]:
+    """Systems on all test questions, and rerankers with the embedder on the questions they were given."""
+    details = report.details
+    everywhere = _by_system([row for row in report.summary if row.num_queries == details.queries])
+    tables = [
+        {
+            "title": f"All {details.queries:,} test questions",
+            "baseline": BASE_EMBEDDER,
+            "against": "the base embedder",
+            "systems": everywhere,
+        }
+    ]
+    reranked = _by_system(
+        [row for row in details.over_embedder if row.system in SYSTEM_NAMES and row.system.find("reranker") >= 0]
+    )
+    if reranked:
+        one = next(iter(reranked.values()))
+        embedder = {
+            metric: row.model_copy(
+                update={
+                    "system": EMBEDDER,
+                    "value": row.value - row.gain,
+                    "gain": 0,
+                    "interval_low": 0,
+                    "interval_high": 0,
+                }
+            )
+            for metric, row in one.items()
+        }
+        tables.append(
+            {
+                "title": f"Reranking the first {details.rerank_top_k} passages of {details.reranked_queries:,} "
+                "test questions",
+                "baseline": EMBEDDER,
+                "against": "the fine-tuned embedder",
+                "systems": {EMBEDDER: embedder, **reranked},
+            }
+        )
+    return tables
+
+
+def _by_system(rows: Sequence[Comparison]) -> dict[str, dict[str, Comparison]]:
+    order = [*(system for system in SYSTEM_NAMES if system != RERANKER_ALONE), RERANKER_ALONE]
+    found = {row.system for row in rows}
+    return {system: {row.metric: row for row in rows if row.system == system} for system in order if system in found}
+
+
+def _plots(report: EvaluationReport, folder: Path) -> dict[str, str]:
+    details = report.details
+    plots = {"gains": gains_plot([_needed(report.summary, EMBEDDER, metric) for metric in METRICS], "gains")}
+    if row_of(details.over_embedder, RERANKER, METRICS[0]):
+        reranker = [_needed(details.over_embedder, RERANKER, metric) for metric in METRICS]
+        plots["reranker_gains"] = gains_plot(reranker, "reranker_gains")
+    edges = [edge for scores in details.scores.values() for edge in (scores.edges[0], scores.edges[-1])]
+    for system, scores in details.scores.items():
+        plots[f"scores_{system}"] = scores_plot(scores, (min(edges), max(edges)), f"scores_{system}")
+    plots["changes"] = changes_plot(_changes(folder), "changes")
+    return plots
+
+
+def _changes(folder: Path) -> np.ndarray:
+    table = pq.read_table(folder / PER_QUERY_FILE, filters=[("metric", "==", "ndcg_at_10")])
+    values = {}
+    for system in (BASE_EMBEDDER, EMBEDDER):
+        of_system = table.filter(pc.equal(table["system"], system)).sort_by("query_id")
+        values[system] = of_system["value"].to_numpy()
+    return values[EMBEDDER] - values[BASE_EMBEDDER]
+
+
+def _verdict_of(rows: Sequence[Comparison], system: str) -> str | None:
+    row = row_of(rows, system, "ndcg_at_10")
+    return row.verdict if row else None
+
+
+def _needed(rows: Sequence[Comparison], system: str, metric: str) -> Comparison:
+    row = row_of(rows, system, metric)
+    assert row is not None
+    return row

@@ -1,0 +1,108 @@
+"""The figures in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from embed_pipeline.evaluation.results import Comparison
+from embed_pipeline.evaluation.systems import BASE_EMBEDDER, BASE_RERANKER, BM25, EMBEDDER, RERANKER
+
+MINUS = "\N{MINUS SIGN}"
+METRIC_NAMES = {
+    "ndcg_at_10": "nDCG@10",
+    "mrr_at_10": "MRR@10",
+    "recall_at_1": "Recall@1",
+    "recall_at_5": "Recall@5",
+    "recall_at_10": "Recall@10",
+    "recall_at_100": "Recall@100",
+    "hit_rate_at_1": "Hit rate@1",
+    "hit_rate_at_5": "Hit rate@5",
+    "hit_rate_at_10": "Hit rate@10",
+    "map_at_100": "MAP@100",
+}
+SYSTEM_NAMES = {
+    BM25: "Keyword search (BM25)",
+    BASE_EMBEDDER: "Base embedder",
+    EMBEDDER: "Fine-tuned embedder",
+    BASE_RERANKER: "Base reranker",
+    RERANKER: "Fine-tuned reranker",
+    "reranker_alone": "Fine-tuned reranker, its score alone",
+}
+
+
+def row_of(rows: Iterable[Comparison], system: str, metric: str) -> Comparison | None:
+    return next((row for row in rows if (row.system, row.metric) == (system, metric)), None)
+
+
+def signed(value: float) -> str:
+    """+0.072, with a true minus sign; what rounds to nothing has no sign."""
+    rounded = f"{abs(value):.3f}"
+    return rounded if float(rounded) == 0 else f"{'+' if value > 0 else MINUS}{rounded}"
+
+
+def percent(value: float) -> str:
+    """62 %, with a space that does not break."""
+    return f"{value:.0%}".replace("%", " %")
+
+
+def interval(row: Comparison, confidence: float) -> str:
+    return f"{percent(confidence)} interval {signed(row.interval_low)} to {signed(row.interval_high)}"
+
+
+def headline(summary: list[Comparison], confidence: float) -> str:
+    """The one sentence on the fine-tuned embedder."""
+    ndcg, first = _needed(summary, EMBEDDER, "ndcg_at_10"), _needed(summary, EMBEDDER, "hit_rate_at_1")
+    figures = f"nDCG@10 {signed(ndcg.gain)} ({interval(ndcg, confidence)})"
+    after, before = percent(first.value), percent(first.value - first.gain)
+    finds = f"a right passage first for {after} of {ndcg.num_queries:,} test questions"
+    if ndcg.verdict == "better":
+        return f"The fine-tuned embedder finds {finds}, before {before}: {figures}."
+    if ndcg.verdict == "worse":
+        return f"Fine-tuning made the embedder worse. It finds {finds}, before {before}: {figures}."
+    return (
+        f"Whether fine-tuning helped, {ndcg.num_queries:,} test questions cannot tell. The embedder finds "
+        f"a right passage first for {after} of them, before {before}: {figures}."
+    )
+
+
+def verdicts(over_embedder: list[Comparison], confidence: float, *, untrained_head: bool) -> dict[str, str]:
+    """A sentence for each of the other systems about which there is something to say."""
+    told = {}
+    fine_tuned = row_of(over_embedder, RERANKER, "ndcg_at_10")
+    if fine_tuned is not None:
+        told[RERANKER] = _reranker_sentence(RERANKER, fine_tuned, confidence)
+    base = row_of(over_embedder, BASE_RERANKER, "ndcg_at_10")
+    if base is not None and untrained_head:
+        told[BASE_RERANKER] = (
+            "The base reranker is an encoder with an untrained head, so its order is chance: it shows where training "
+            f"began, not what a ready-made reranker would do (nDCG@10 {base.value:.3f})."
+        )
+    elif base is not None:
+        told[BASE_RERANKER] = _reranker_sentence(BASE_RERANKER, base, confidence)
+    keyword = row_of(over_embedder, BM25, "ndcg_at_10")
+    if keyword is not None and keyword.verdict != "worse":
+        stands = "ranks better than" if keyword.verdict == "better" else "cannot be told apart from"
+        told[BM25] = (
+            f"Keyword search {stands} the fine-tuned embedder on these questions: nDCG@10 {signed(keyword.gain)} "
+            f"({interval(keyword, confidence)}). It costs no model, so it is worth a look."
+        )
+    return told
+
+
+def _reranker_sentence(system: str, row: Comparison, confidence: float) -> str:
+    name = SYSTEM_NAMES[system].lower()
+    figures = (
+        f"nDCG@10 {signed(row.gain)} ({interval(row, confidence)}) over the fine-tuned embedder on the same "
+        f"{row.num_queries:,} questions."
+    )
+    if row.verdict == "better":
+        return f"The {name} improves the ranking further: {figures}"
+    if row.verdict == "worse":
+        return f"The {name} makes the ranking worse, so leave it out: {figures}"
+    return f"Whether the {name} improves the ranking remains undecided: {figures}"
+
+
+def _needed(summary: list[Comparison], system: str, metric: str) -> Comparison:
+    row = row_of(summary, system, metric)
+    assert row is not None
+    return row
