@@ -54,8 +54,8 @@ def run_local(
         raise TrainingError(failure_cause(error_file, process.returncode))
 
 
-def stop(process: subprocess.Popen[bytes], terminate_seconds: float = TERMINATE_SECONDS) -> None:
-    """End torchrun by SIGTERM, which ends its workers; kill whatever of the tree is left after `terminate_seconds`."""
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End torchrun by SIGTERM, which ends its workers; kill what is left of the tree after TERMINATE_SECONDS."""
     try:
         # Taken before it ends: orphans are no longer its children, and each worker has a session of its own.
         tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -63,7 +63,7 @@ def stop(process: subprocess.Popen[bytes], terminate_seconds: float = TERMINATE_
         tree = []
     process.terminate()
     try:
-        deadline = time.monotonic() + terminate_seconds
+        deadline = time.monotonic() + TERMINATE_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
     finally:
@@ -77,7 +77,7 @@ def failure_cause(error_file: Path, return_code: int) -> str:
     """What ended a training, for a person: the failing rank's exception, or what its exit code means."""
     message, traceback = _recorded_error(error_file)
     if message is None:
-        return f"the training ended {_meaning(return_code)}, and no rank left an error; its log is above"
+        return f"the training ended {meaning_of(return_code)}, and no rank left an error; its log is above"
     kind, _, text = message.partition(": ")
     if isinstance(getattr(errors, kind, None), type):
         return text  # written for the user: the message says it all
@@ -94,7 +94,8 @@ def _recorded_error(error_file: Path) -> tuple[str | None, str]:
     return recorded, ""
 
 
-def _meaning(return_code: int) -> str:
+def meaning_of(return_code: int) -> str:
+    """An exit code (negative: a signal, as subprocess has it) in words that go on after "ended"."""
     if return_code == -signal.SIGKILL:
         return "by SIGKILL: killed, probably because the machine ran out of memory"
     if return_code < 0:

@@ -20,7 +20,7 @@ def torchrun_command(
     beside the job file).
     """
     return [
-        sys.executable, "-m", "torch.distributed.run",
+        sys.executable, "-m", "embed_pipeline.launch.agent",
         "--standalone",
         f"--nproc-per-node={nproc_per_node}",
         f"--shutdown-timeout={SHUTDOWN_SECONDS}",

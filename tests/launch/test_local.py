@@ -1,0 +1,130 @@
+"""Running a command to its end, or to the end of whoever asked for it. torchrun itself: tests/training."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from embed_pipeline.errors import TrainingError
+from embed_pipeline.launch.local import run_local
+
+# A parent that ignores SIGTERM with a child in a session of its own, as torchrun's workers have; both write their ids.
+STUBBORN = textwrap.dedent(
+    """
+    import os, signal, subprocess, sys, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    with open(sys.argv[1], "w") as file:
+        file.write(f"{os.getpid()} {child.pid}")
+    time.sleep(60)
+    """
+)
+
+
+def python(code: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", code, *arguments]
+
+
+def ended(pid: int, seconds: float = 10.0) -> bool:
+    """Whether the process is gone (or a zombie that nobody has asked for) within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def ids_in(path: Path) -> list[int]:
+    deadline = time.monotonic() + 10
+    while not (path.is_file() and len(path.read_text().split()) == 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return [int(id) for id in path.read_text().split()]
+
+
+def test_a_command_gets_our_environment_and_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OURS", "1")
+    code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['OURS'] + os.environ['ITS'])"
+    run_local(python(code, str(tmp_path / "seen")), env={"ITS": "2"}, error_file=tmp_path / "error.json")
+    assert (tmp_path / "seen").read_text() == "12"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise SystemExit(3)", "ended with exit code 3, and no rank left an error"),
+        ("import os; os.kill(os.getpid(), 9)", "by SIGKILL: killed, probably because the machine ran out of memory"),
+        ("import os; os.kill(os.getpid(), 11)", "by SIGSEGV"),
+    ],
+)
+def test_without_a_recorded_error_the_exit_code_is_explained(tmp_path: Path, code: str, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        run_local(python(code), env={}, error_file=tmp_path / "error.json")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [
+        ("TrainingError: too few rows. Bring more", "^too few rows. Bring more$"),
+        ("ValueError: no such thing", "(?s)^the training failed with ValueError: no such thing\n\nTraceback of it$"),
+    ],
+)
+def test_the_recorded_error_of_a_rank_is_the_error(tmp_path: Path, recorded: str, message: str) -> None:
+    content = {"message": {"message": recorded, "extraInfo": {"py_callstack": "Traceback of it", "timestamp": "1"}}}
+    code = "import os, sys; open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w').write(sys.argv[1]); sys.exit(1)"
+    with pytest.raises(TrainingError, match=message):
+        run_local(python(code, json.dumps(content)), env={}, error_file=tmp_path / "error.json")
+
+
+def test_an_error_file_of_an_earlier_run_is_not_believed(tmp_path: Path) -> None:
+    (tmp_path / "error.json").write_text('{"message": "old"}')
+    with pytest.raises(TrainingError, match="exit code 1"):
+        run_local(python("raise SystemExit(1)"), env={}, error_file=tmp_path / "error.json")
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
+def test_whatever_is_raised_meanwhile_ends_the_whole_tree(
+    tmp_path: Path, interruption: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embed_pipeline.launch.local.TERMINATE_SECONDS", 0.2)
+
+    def interrupt() -> None:
+        ids_in(tmp_path / "ids")
+        raise interruption
+
+    with pytest.raises(interruption):
+        run_local(
+            python(STUBBORN, str(tmp_path / "ids")), env={}, error_file=tmp_path / "error.json", on_poll=interrupt
+        )
+    assert all(ended(pid) for pid in ids_in(tmp_path / "ids"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
+def test_killing_the_launcher_ends_the_command(tmp_path: Path) -> None:
+    code = textwrap.dedent(
+        """
+        import sys; from pathlib import Path; from embed_pipeline.launch.local import run_local
+        command = "import os, sys, time; open(sys.argv[1], 'w').write(f'{os.getpid()} {os.getppid()}'); time.sleep(60)"
+        folder = Path(sys.argv[1])
+        run_local([sys.executable, "-c", command, str(folder / "ids")], env={}, error_file=folder / "error.json")
+        """
+    )
+    launcher = subprocess.Popen(python(code, str(tmp_path)))
+    command, parent = ids_in(tmp_path / "ids")
+    assert parent == launcher.pid
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    assert ended(command)

@@ -1,0 +1,45 @@
+"""A job as a file, and the settings that it may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from embed_pipeline.errors import TrainingError
+from embed_pipeline.settings import EmbedderSettings, RerankerSettings
+from embed_pipeline.training.job import EmbedderJob, RerankerJob, TrainingJob
+
+
+@pytest.mark.parametrize("engine", ["sentence-transformers", "flag-embedding"])
+@pytest.mark.parametrize(("kind", "model"), [("embedder", EmbedderJob), ("reranker", RerankerJob)])
+def test_a_job_is_read_as_it_was_written(
+    job_of: Callable[..., TrainingJob], tmp_path: Path, kind: str, model: type[TrainingJob], engine: str
+) -> None:
+    job = job_of(kind, tmp_path / "output", engine=engine)
+    assert model.read(job.write(tmp_path / "job.json")) == job
+
+
+def test_a_damaged_job_is_named(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text('{"kind": "embedder"')
+    with pytest.raises(TrainingError, match=r"job\.json is not a job for embed_pipeline\.training\.embedder"):
+        EmbedderJob.read(tmp_path / "job.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "extra", "message"),
+    [
+        (EmbedderSettings, {"loss": "TripletLoss"}, "'MultipleNegativesRankingLoss' or 'Cached"),
+        (RerankerSettings, {"loss": "CrossEntropyLoss"}, "'BinaryCrossEntropyLoss', 'ListNetLoss'"),
+        (RerankerSettings, {"loss": "LambdaLoss", "engine": "flag-embedding"}, "`loss` belongs to engine sentence"),
+        (EmbedderSettings, {"loss_arguments": {"a": 1}, "engine": "flag-embedding"}, "`loss_arguments` belongs to"),
+    ],
+)
+def test_losses_that_cannot_be_are_refused_with_the_settings(
+    settings: type[EmbedderSettings], extra: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        settings.model_validate({"base_model": {"path": "somewhere"}, **extra})

@@ -1,0 +1,86 @@
+"""What is left of the processes of a training that does not end by itself: nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from small_problem import launch
+
+from embed_pipeline.errors import TrainingError
+from embed_pipeline.launch.local import run_local
+from embed_pipeline.launch.torchrun import torchrun_command
+from embed_pipeline.training.job import TrainingJob
+
+
+@pytest.fixture
+def endless(job_of: Callable[..., TrainingJob], tmp_path: Path) -> TrainingJob:
+    job = job_of("embedder", tmp_path / "output", 2, epochs=10_000, early_stopping_patience=100, logging_steps=1)
+    job.write(tmp_path / "job.json")
+    return job
+
+
+def wait_for_steps(job: TrainingJob) -> None:
+    deadline = time.monotonic() + 60
+    log = job.output / "training_log.jsonl"
+    while not (log.is_file() and '"loss"' in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def workers(torchrun: psutil.Process) -> list[psutil.Process]:
+    return [child for child in torchrun.children() if "embed_pipeline.training.embedder" in child.cmdline()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
+def test_killing_the_launching_process_ends_every_rank(endless: TrainingJob, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import small_problem as s; from pathlib import Path; "
+        "from embed_pipeline.training.job import EmbedderJob as J; f = Path(sys.argv[2]); s.launch(J.read(f), f.parent)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "job.json")])
+    wait_for_steps(endless)
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(workers(family[0])) == 2
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_an_interrupt_ends_every_rank(endless: TrainingJob, tmp_path: Path) -> None:
+    family: list[psutil.Process] = []
+
+    def interrupt() -> None:
+        log = endless.output / "training_log.jsonl"
+        if log.is_file() and '"loss"' in log.read_text():
+            family.extend(psutil.Process().children(recursive=True))
+            raise KeyboardInterrupt
+
+    command = torchrun_command(endless.entry_point, tmp_path / "job.json", 2)
+    with pytest.raises(KeyboardInterrupt):
+        run_local(command, env={}, error_file=tmp_path / "error.json", on_poll=interrupt)
+    assert len(family) >= 3
+    assert not any(process.is_running() for process in family)
+
+
+def test_a_rank_that_is_killed_is_the_cause(endless: TrainingJob, tmp_path: Path) -> None:
+    def kill_rank_1() -> None:
+        wait_for_steps(endless)
+        ranks = [worker for torchrun in psutil.Process().children() for worker in workers(torchrun)]
+        (rank_1,) = (worker for worker in ranks if worker.environ()["RANK"] == "1")
+        rank_1.kill()
+
+    killer = threading.Thread(target=kill_rank_1)
+    killer.start()
+    with pytest.raises(TrainingError, match="rank 1 was ended by SIGKILL: killed, probably because the machine ran"):
+        launch(endless, tmp_path)
+    killer.join()

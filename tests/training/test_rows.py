@@ -1,0 +1,94 @@
+"""From the tables to training rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_problem import QUERY_WITH_TWO_POSITIVES, QUERY_WITHOUT_NEGATIVES, Problem
+
+from embed_pipeline import tables
+from embed_pipeline.errors import TrainingError
+from embed_pipeline.training.job import TrainingJob
+from embed_pipeline.training.rows import TrainingQuery, groups, read_training_queries
+
+Jobs = Callable[..., TrainingJob]
+
+
+def test_each_positive_goes_on_in_the_negatives_and_begins_again_at_their_end() -> None:
+    query = TrainingQuery("q", ("a", "b", "c"), ("1", "2", "3"))
+    assert list(groups([query], 3)) == [
+        ("q", "a", ("1", "2")),
+        ("q", "b", ("3", "1")),
+        ("q", "c", ("2", "3")),
+    ]
+    assert list(groups([query], 1)) == [("q", "a", ()), ("q", "b", ()), ("q", "c", ())]
+
+
+def test_a_query_without_negatives_gets_random_passages_that_are_no_positives(
+    job_of: Jobs, tmp_path: Path, problem: Problem
+) -> None:
+    queries = pq.read_table(problem.cleaned_pairs / tables.QUERIES_FILE).to_pylist()
+    text = next(row["query"] for row in queries if row["query_id"] == QUERY_WITHOUT_NEGATIVES)
+    job = job_of("embedder", tmp_path, train_group_size=5)
+    found = next(query for query in read_training_queries(job) if query.query == text)
+    assert len(set(found.negatives)) == 4
+    assert not set(found.negatives) & set(found.positives)
+    assert found == next(query for query in read_training_queries(job) if query.query == text)
+    alone = read_training_queries(job_of("embedder", tmp_path, train_group_size=1))
+    assert next(query for query in alone if query.query == text).negatives == ()
+
+
+def test_random_negatives_are_no_near_duplicates_of_a_positive(
+    job_of: Jobs, tmp_path: Path, problem: Problem
+) -> None:
+    for file in problem.cleaned_pairs.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    passages = pq.read_table(problem.cleaned_pairs / tables.PASSAGES_FILE).to_pylist()
+    for row in passages:
+        row["cluster_id"] = "p7" if row["passage_id"] == "p7" else "of the positive"
+    (tmp_path / tables.PASSAGES_FILE).unlink()
+    table = pa.Table.from_pylist(passages, schema=tables.PASSAGES)
+    tables.write(table, tables.PASSAGES, tmp_path / tables.PASSAGES_FILE)
+    job = job_of("embedder", tmp_path).model_copy(update={"cleaned_pairs": tmp_path})
+    first = read_training_queries(job)[0]  # q0, the one without negatives
+    assert first.negatives == (next(row["text"] for row in passages if row["passage_id"] == "p7"),)
+
+
+def test_several_positives_are_several_rows(job_of: Jobs, tmp_path: Path) -> None:
+    queries = read_training_queries(job_of("embedder", tmp_path))
+    assert sorted(len(query.positives) for query in queries)[-2:] == [1, 2], QUERY_WITH_TWO_POSITIVES
+    assert len(list(groups(queries, 3))) == 49
+
+
+def test_a_sample_of_the_queries_is_the_same_for_the_same_seed(job_of: Jobs, tmp_path: Path) -> None:
+    sample = read_training_queries(job_of("embedder", tmp_path, train_queries=10))
+    assert len(sample) == 10
+    assert sample == read_training_queries(job_of("embedder", tmp_path, train_queries=10))
+    assert sample != read_training_queries(job_of("embedder", tmp_path, seed=4, train_queries=10))
+
+
+def test_a_missing_table_is_named(job_of: Jobs, tmp_path: Path) -> None:
+    job = job_of("embedder", tmp_path).model_copy(update={"hard_negatives": tmp_path})
+    with pytest.raises(TrainingError, match=r"cannot read .*hard_negatives\.parquet.*Materialize"):
+        read_training_queries(job)
+
+
+def test_tables_of_different_versions_are_refused(job_of: Jobs, tmp_path: Path, problem: Problem) -> None:
+    table = pq.read_table(problem.cleaned_pairs / tables.PASSAGES_FILE).slice(60)
+    tables.write(table, tables.PASSAGES, tmp_path / tables.PASSAGES_FILE)
+    job = job_of("embedder", tmp_path, train_group_size=1).model_copy(update={"cleaned_pairs": tmp_path})
+    with pytest.raises(TrainingError, match=r"passages are not in .* e\.g\. 'p0'.*different versions"):
+        read_training_queries(job)
+
+
+def test_no_train_query_is_an_error(job_of: Jobs, tmp_path: Path) -> None:
+    tables.write(
+        tables.HARD_NEGATIVES.empty_table(), tables.HARD_NEGATIVES, tmp_path / tables.HARD_NEGATIVES_FILE
+    )
+    job = job_of("embedder", tmp_path).model_copy(update={"hard_negatives": tmp_path})
+    with pytest.raises(TrainingError, match="no query with a positive"):
+        read_training_queries(job)
