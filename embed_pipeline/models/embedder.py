@@ -11,7 +11,7 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
-from embed_pipeline.models.precision import autocast, default_device, resolve_precision
+from embed_pipeline.models.precision import ResolvedPrecision, autocast, default_device, resolve_precision
 from embed_pipeline.models.source import weights_digest
 from embed_pipeline.settings import EncodingSettings, Precision
 
@@ -102,6 +102,15 @@ class Embedder:
         self.model.eval()
         self.encoding = encoding_of(self.model)
         self._digest: str | None = None
+
+    @classmethod
+    def around(cls, model: SentenceTransformer, precision: ResolvedPrecision) -> Embedder:
+        """The same around a model that is in memory already, such as one in training; without a cache."""
+        embedder = cls.__new__(cls)
+        embedder.device, embedder.precision = str(model.device), precision
+        embedder.batch_size, embedder.cache_folder = 64, None
+        embedder.model, embedder.encoding = model, encoding_of(model)
+        return embedder
 
     def encode_queries(self, texts: Sequence[str], *, progress: bool = True) -> np.ndarray:
         """(n,) texts -> (n, dimension) float32, unit rows."""

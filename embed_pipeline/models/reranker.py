@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
 
-from embed_pipeline.models.precision import autocast, default_device, resolve_precision
+from embed_pipeline.models.precision import ResolvedPrecision, autocast, default_device, resolve_precision
 from embed_pipeline.settings import Precision
 
 
@@ -38,6 +38,14 @@ class Reranker:
             local_files_only=True,
         )
         self.model.eval()
+
+    @classmethod
+    def around(cls, model: CrossEncoder, precision: ResolvedPrecision) -> Reranker:
+        """The same around a model that is in memory already, such as one in training."""
+        reranker = cls.__new__(cls)
+        reranker.device, reranker.precision = str(model.device), precision
+        reranker.batch_size, reranker.model = 64, model
+        return reranker
 
     def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool = True) -> np.ndarray:
         """(n,) pairs of (query, passage text) -> (n,) float32 logits, in the order given."""
