@@ -100,7 +100,7 @@ def match_columns(file: SourceFile, delivered: Mapping[str, str], wanted: list[C
     """Our column -> delivered column, for those the file has.
 
     `delivered` maps the file's column names to DuckDB types. Raises SourceError naming file and column where a
-    required one is missing, its type cannot be what we need, or two differ only in case.
+    required one is missing or its type cannot be what we need.
     """
     matched: dict[str, str] = {}
     for column in wanted:
@@ -108,9 +108,6 @@ def match_columns(file: SourceFile, delivered: Mapping[str, str], wanted: list[C
             if column.required:
                 raise SourceError(_missing(file, delivered, column))
             continue
-        same = [name for name in delivered if name.lower() == column.theirs.lower()]
-        if len(same) > 1:
-            raise SourceError(f"{file.path}: columns {same} differ only in case; rename one of them")
         types, expected = _EXPECTED[column.holds]
         found = delivered[column.theirs]
         base = re.sub(r"\(.*", "", found, flags=re.DOTALL)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from embed_pipeline.errors import SourceError
@@ -65,8 +66,14 @@ def _inspect(connection: duckdb.DuckDBPyConnection, settings: SourceSettings, fi
         delivered = {str(row[0]): str(row[1]) for row in described.fetchall()}
         counted = connection.execute("SELECT count(*) FROM read_parquet($path)", {"path": _exactly(file)})
         rows = int(counted.fetchall()[0][0])
-    except duckdb.Error as error:
+        names = pq.read_schema(file.path).names
+    except (duckdb.Error, pa.ArrowException) as error:
         raise SourceError(_damaged(file, error)) from error
+    if len({name.lower() for name in names}) < len(names):
+        # DuckDB would rename the second one, and which is which depends on their order.
+        raise SourceError(
+            f"{file.path}: two columns have the same name, letter case aside: {names}. Rename one of them"
+        )
     if rows == 0:
         raise SourceError(f"{file.path}: no rows. Remove the file, or build it again")
     columns = match_columns(file, delivered, wanted_columns(settings, file.key))

@@ -1,0 +1,61 @@
+"""What is known about the raw files before any is opened, and the script that builds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embed_pipeline.errors import ConfigurationError, SourceError
+from embed_pipeline.settings import SourceSettings
+from embed_pipeline.sources.check import check_sources
+from embed_pipeline.sources.script import run_script
+
+MISSING = {
+    "file": ({"path": "no.parquet"}, r"source\.path: no such file or folder: .*no\.parquet"),
+    "glob": ({"path": "no/*.parquet"}, r"source\.path: no file matches .*no/\*\.parquet"),
+    "folder without parquet": ({"path": "folder"}, r"the folder .*folder holds no \.parquet file"),
+    "glob of other files": ({"path": "folder/*"}, r"matches 1 file\(s\), none ending in \.parquet \(first: folder/a"),
+    "remote": ({"path": "s3://bucket/a.parquet"}, "expected a local path"),
+    "extra corpus": ({"path": "there.parquet", "extra_corpus": "no.parquet"}, r"source\.extra_corpus: no such"),
+    "script": (
+        {"path": "raw/*.parquet", "script": "no.py", "script_output": "raw"},
+        r"source\.script: no file at .*no\.py",
+    ),
+    "path outside the script's output": (
+        {"path": "elsewhere/*.parquet", "script": "build.py", "script_output": "raw"},
+        r"source\.path: no file matches",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_what_is_not_there(tmp_path: Path, parquet: Callable[..., Path], case: str) -> None:
+    parquet("there.parquet", query=["q"], passage=["p"])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.csv").write_text("query\n")
+    (tmp_path / "build.py").write_text("")
+    settings, message = MISSING[case]
+    with pytest.raises(ConfigurationError, match=message):
+        check_sources(SourceSettings.model_validate(settings), tmp_path)
+
+
+def test_a_path_that_the_script_will_build_passes(tmp_path: Path) -> None:
+    (tmp_path / "build.py").write_text("")
+    given: dict[str, Any] = {"path": "raw/*.parquet", "script": "build.py", "script_output": "raw"}
+    check_sources(SourceSettings.model_validate(given), tmp_path)
+
+
+def test_the_script_gets_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "build.py").write_text("import sys, pathlib; pathlib.Path(sys.argv[1], 'made').write_text('x')")
+    run_script(SourceSettings.model_validate({"path": "r/o", "script": "build.py", "script_output": "r/o"}), tmp_path)
+    assert (tmp_path / "r" / "o" / "made").read_text() == "x"
+
+
+def test_a_failing_script_shows_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "build.py").write_text("raise RuntimeError('the mirror is down')")
+    settings = SourceSettings.model_validate({"path": "raw", "script": "build.py", "script_output": "raw"})
+    with pytest.raises(SourceError, match=r"(?s)build\.py failed with exit code 1.*the mirror is down"):
+        run_script(settings, tmp_path)
