@@ -131,7 +131,7 @@ def unite_texts(connection: Connection) -> None:
                 FROM live JOIN (
                     SELECT {what}_id, arg_min({what}_hash, seen) AS hash, arg_min(source, seen) AS first_source,
                         arg_min(row_number, seen) AS first_row
-                    FROM (SELECT *, row + CASE WHEN kind = '{what}' THEN 0 ELSE 1 << 40 END AS seen FROM live)
+                    FROM (SELECT *, (kind <> '{what}', row) AS seen FROM live)
                     WHERE kind IN {kinds} AND {what}_id IS NOT NULL GROUP BY {what}_id
                 ) USING ({what}_id)
                 WHERE kind IN {kinds} AND {what}_hash <> hash""",

@@ -131,7 +131,7 @@ BAD_COLUMNS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "'query'.*null in all 2 rows",
     ),
     "column without a type": ({"query": pa.nulls(2), "passage": ["p", "r"]}, PAIR, "null in all 2 rows"),
-    "same name in two cases": ({"query": ["q"], "Query": ["r"], "passage": ["p"]}, PAIR, "same name, letter case aside"),
+    "same name in two cases": ({"query": ["q"], "Query": ["r"], "passage": ["p"]}, PAIR, "same name, letter case"),
     "triplets without negative": (
         {"query": ["q"], "positive": ["p"]},
         {"kind": "triplets", **PAIR},
