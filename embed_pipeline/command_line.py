@@ -8,6 +8,7 @@ from rich.table import Table
 
 from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_in, store_root
 from embed_pipeline.errors import UserError
+from embed_pipeline.training.job import MODEL_FOLDER
 
 
 class ReadableErrors(click.Group):
@@ -29,15 +30,16 @@ def main() -> None:
 @click.argument("pipeline")
 def report(pipeline: str) -> None:
     """Print the current evaluation of PIPELINE as a table."""
-    from embed_pipeline.evaluation.report import terminal_report
+    from embed_pipeline.evaluation.report import terminal_table
+    from embed_pipeline.evaluation.results import REPORT_FILE
 
     store = _store(pipeline)
     evaluation = store.current("evaluation")
-    terminal_report(evaluation.path, Console())
+    Console().print(terminal_table(evaluation.path))
     for asset in ("embedder", "reranker"):
         artifact = store.get(asset, evaluation.input(asset))
-        click.echo(f"{asset:<9} {artifact.path / 'model'}")
-    click.echo(f"report    {evaluation.path / 'report.html'}")
+        click.echo(f"{asset:<9} {artifact.path / MODEL_FOLDER}")
+    click.echo(f"report    {evaluation.path / REPORT_FILE}")
 
 
 @main.command()

@@ -20,8 +20,12 @@ from pydantic import BaseModel
 from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Recipe, RunIds, store_root
 from embed_pipeline.errors import ArtifactError
 from embed_pipeline.launch.torchrun import processes_per_node
+from embed_pipeline.launch.training import launch_training
 from embed_pipeline.models.source import locate, weights_digest
 from embed_pipeline.settings import MiningSettings, ModelSource, PipelineSettings, Settings
+from embed_pipeline.sources.fingerprint import fingerprint
+from embed_pipeline.sources.read import read_sources
+from embed_pipeline.sources.script import run_script
 from embed_pipeline.tables import (
     CANDIDATES,
     CANDIDATES_FILE,
@@ -38,10 +42,10 @@ from embed_pipeline.tables import (
     write,
 )
 from embed_pipeline.tracking.runs import TrackedRun, tracked_run
-from embed_pipeline.training.job import JOB_FILE
+from embed_pipeline.training.job import JOB_FILE, MODEL_FOLDER, SUMMARY_FILE
 
 if TYPE_CHECKING:
-    from embed_pipeline.mining.mine import MiningReport
+    from embed_pipeline.mining.report import MiningReport
     from embed_pipeline.models.embedder import Embedder
     from embed_pipeline.training.job import TrainingJob
 
@@ -144,7 +148,7 @@ def make_hard_negatives(pipeline: Pipeline) -> Produced:
     )
 
 
-def make_embedder(pipeline: Pipeline, launch: Launch) -> Produced:
+def make_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produced:
     """Hard negatives -> fine-tuned embedder, by one torchrun job."""
     from embed_pipeline.training.job import EmbedderJob
 
@@ -180,7 +184,7 @@ def make_embedder(pipeline: Pipeline, launch: Launch) -> Produced:
     return pipeline.store.produce("embedder", recipe, make, content=None)
 
 
-def make_reranker(pipeline: Pipeline, launch: Launch) -> Produced:
+def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produced:
     """Negatives as the fine-tuned embedder retrieves them -> fine-tuned reranker, by one torchrun job."""
     from embed_pipeline.training.job import RerankerJob
 
@@ -239,19 +243,43 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
     )
 
     def make(out: Path) -> Made:
-        from embed_pipeline.evaluation.evaluate import evaluate
+        from embed_pipeline.evaluation.evaluate import ComparedModels, evaluate
 
+        start, trust_remote_code = base_reranker(pipeline, embedder)
+        models = ComparedModels(
+            base_embedder=locate(settings.embedder.base_model, pipeline.folder),
+            base_encoding=settings.embedder.encoding,
+            embedder=embedder.path / MODEL_FOLDER,
+            base_reranker=start,
+            base_reranker_max_length=settings.reranker.query_max_length + settings.reranker.passage_max_length,
+            reranker=reranker.path,
+            trust_remote_code=settings.embedder.base_model.trust_remote_code or trust_remote_code,
+        )
         with pipeline.tracked("evaluation") as tracked:
-            report = evaluate(pipeline, out)
+            report = evaluate(
+                cleaned.path,
+                models,
+                settings.evaluation,
+                settings.seed,
+                out,
+                encode_precision=settings.encode_precision,
+                cache_folder=pipeline.store.embeddings_folder,
+                title=settings.name,
+                versions={a.manifest.asset: a.version for a in (cleaned, embedder, reranker)},
+            )
             if tracked is not None:
                 tracked.log_parameters(told)
                 tracked.log_inputs([cleaned, embedder, reranker])
+                tracked.log_metrics({f"{row.system}/{row.metric}": row.value for row in report.summary})
                 tracked.log_folder(out, "evaluation")
-        return Made(report, pipeline.runs(tracked))
+        told_in_short = {
+            "headline": report.details.headline,
+            "verdicts": report.details.verdicts,
+            "summary": [row.model_dump(mode="json") for row in report.summary],
+        }
+        return Made(told_in_short, pipeline.runs(tracked))
 
-    return pipeline.store.produce(
-        "evaluation", recipe, make, content=["summary.json", PER_QUERY_FILE, RANKINGS_FILE]
-    )
+    return pipeline.store.produce("evaluation", recipe, make, content=["summary.json", PER_QUERY_FILE, RANKINGS_FILE])
 
 
 def trained_together(pipeline: Pipeline) -> tuple[Artifact, Artifact, Artifact]:
@@ -312,9 +340,7 @@ def base_reranker(pipeline: Pipeline, embedder: Artifact) -> tuple[Path, bool]:
     return embedder.path / MODEL_FOLDER, pipeline.settings.embedder.base_model.trust_remote_code
 
 
-def _mine(
-    pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: MiningSettings, out: Path
-) -> MiningReport:
+def _mine(pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: MiningSettings, out: Path) -> MiningReport:
     from embed_pipeline.mining.mine import mine
     from embed_pipeline.models.reranker import Reranker
 
@@ -330,9 +356,7 @@ def _mine(
     return mine(cleaned, embedder, settings, pipeline.settings.seed, out, veto=veto)
 
 
-def _train(
-    pipeline: Pipeline, asset: str, job: TrainingJob, launch: Launch, inputs: Sequence[Artifact]
-) -> Made:
+def _train(pipeline: Pipeline, asset: str, job: TrainingJob, launch: Launch, inputs: Sequence[Artifact]) -> Made:
     job_file = job.write(job.output / JOB_FILE)
     with pipeline.tracked(asset) as tracked:
         if tracked is not None:

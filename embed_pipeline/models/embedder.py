@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -44,7 +45,7 @@ def load_sentence_transformer(
         _set_pooling(model, encoding.pooling)
     if encoding.normalize is not None:
         _set_normalize(model, encoding.normalize)
-    transformer = model[0]
+    transformer: Any = model[0]  # its text lengths are not among the attributes that nn.Module declares
     if encoding.query_max_length is not None:
         transformer.query_length = encoding.query_max_length
     if encoding.passage_max_length is not None:
@@ -68,7 +69,7 @@ def encoding_of(model: SentenceTransformer) -> EncodingSettings:
         passage_prompt=passage_prompt,
         query_max_length=getattr(transformer, "query_length", None) or model.max_seq_length,
         passage_max_length=getattr(transformer, "document_length", None) or model.max_seq_length,
-        pooling=pooling,  # type: ignore[arg-type]
+        pooling=pooling,
         normalize=any(isinstance(module, Normalize) for module in model),
     )
 

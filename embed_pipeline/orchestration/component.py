@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import dagster as dg
 from pydantic import BaseModel
@@ -50,12 +51,13 @@ class RetrievalPipeline(dg.Component):
             raise ConfigurationError(f"{context.path}: `attributes` is missing: give at least name, source, embedder")
         given = attributes.model_dump(mode="json", exclude_unset=True)
         settings = PipelineSettings.model_validate(context.resolution_context.resolve_value(given))
-        folder = context.path if context.path.is_dir() else context.path.parent
+        yaml_file = context.path / "defs.yaml" if context.path.is_dir() else context.path
+        folder = yaml_file.parent
         try:
             check_sources(settings.source, folder)
-            _check_local_models(settings, context)
+            _check_local_models(settings, folder)
         except (ConfigurationError, ModelError) as error:
-            raise type(error)(f"{context.path}: {error}") from error
+            raise type(error)(f"{yaml_file}: {error}") from error
         return cls(Pipeline(settings, folder, PipelineStore(store_root(), settings.name)))
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
@@ -69,14 +71,13 @@ class RetrievalPipeline(dg.Component):
         return dg.Definitions(assets=assets, asset_checks=checks_of(self.pipeline), jobs=[job])
 
 
-def _check_local_models(settings: PipelineSettings, context: dg.ComponentLoadContext) -> None:
+def _check_local_models(settings: PipelineSettings, folder: Path) -> None:
     """A local folder or package that is not there fails now; a Hub model is looked for when it is needed."""
     sources = {
         "embedder.base_model": settings.embedder.base_model,
         "reranker.base_model": settings.reranker.base_model,
         "mining.veto.model": settings.mining.veto.model if settings.mining.veto else None,
     }
-    folder = context.path if context.path.is_dir() else context.path.parent
     for key, source in sources.items():
         if isinstance(source, ModelSource) and source.hub is None:
             try:

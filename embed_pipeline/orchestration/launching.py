@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import dagster as dg
 
-from embed_pipeline.launch.local import run_local
-from embed_pipeline.launch.torchrun import torchrun_command
+from embed_pipeline.launch.training import launch_training
 from embed_pipeline.tracking.runs import TrackedRun
 from embed_pipeline.training.job import TrainingJob
 
@@ -38,14 +36,5 @@ def launch_under_dagster(
                     context.log.info(f"step {message['step']}: {shown}")
             seen = len(messages)
 
-        run_local(
-            torchrun_command(job.entry_point, job_file, job.world_size),
-            env={
-                **os.environ,
-                **session.get_bootstrap_env_vars(),
-                **(tracked.environment if tracked else {}),
-            },
-            error_file=job_file.with_name("error.json"),
-            on_poll=report_progress,
-        )
+        launch_training(job, job_file, tracked, env=session.get_bootstrap_env_vars(), on_poll=report_progress)
         report_progress()

@@ -9,8 +9,9 @@ from typing import Any
 
 import dagster as dg
 
-from embed_pipeline.artifacts import Produced
+from embed_pipeline.artifacts import Artifact, Produced
 from embed_pipeline.errors import UserError
+from embed_pipeline.training.job import MODEL_FOLDER, TRAINING_LOG_FILE
 
 
 @contextmanager
@@ -43,6 +44,16 @@ def materialized(
             "folder": dg.MetadataValue.path(str(artifact.path)),
         },
     )
+
+
+def training_metadata(model: Artifact) -> dict[str, Any]:
+    """What a training has to show: its figures, its curve, and how to load what it made."""
+    from embed_pipeline.training.plot import training_curve
+
+    curve = picture(training_curve(model.path / TRAINING_LOG_FILE), "loss and dev nDCG@10 over steps")
+    card = (model.path / MODEL_FOLDER / "README.md").read_text()
+    figures = {name: value for name, value in model.report.items() if isinstance(value, int | float | str)}
+    return {**figures, "curve": curve, "card": dg.MetadataValue.md(card.partition("---\n")[2].partition("---\n")[2])}
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> dg.MarkdownMetadataValue:

@@ -1,13 +1,49 @@
 """`cleaned_pairs`: queries, passages and qrels in splits that cannot leak, and what was dropped."""
 
+from typing import Any
+
 import dagster as dg
 
+from embed_pipeline.artifacts import Artifact
 from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
 from embed_pipeline.orchestration.reporting import markdown_table, materialized, readable_errors
 from embed_pipeline.settings import CleaningSettings
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_cleaned_pairs
+from embed_pipeline.tables import REJECTED_FILE
 
 CleaningOverrides = overrides_of(CleaningSettings, "CleaningOverrides")
+
+
+def cleaning_metadata(cleaned: Artifact) -> dict[str, Any]:
+    """What became of the rows, with a look at some that were dropped."""
+    import duckdb
+
+    from embed_pipeline.cleaning.clean import CleaningReport
+    from embed_pipeline.cleaning.reasons import REASONS
+
+    report = CleaningReport.model_validate(cleaned.report)
+    sample = duckdb.execute(
+        "SELECT reason, source, row_number, detail, query, passage FROM read_parquet(?) "
+        "QUALIFY row_number() OVER (PARTITION BY reason ORDER BY source, row_number) <= 3 ORDER BY reason, row_number",
+        [str(cleaned.path / REJECTED_FILE)],
+    ).fetchall()
+    splits = [
+        (split, queries, report.positives_by_split.get(split, 0)) for split, queries in report.queries_by_split.items()
+    ]
+    reasons = [(reason, rows, REASONS[reason]) for reason, rows in report.rejected_by_reason.items()]
+    return {
+        "dagster/row_count": report.kept_rows,
+        "raw_rows": report.raw_rows,
+        "rejected_rows": report.rejected_rows,
+        "rejected_by_reason": markdown_table(["reason", "rows", "meaning"], reasons),
+        "rejected_sample": markdown_table(["reason", "file", "row", "detail", "query", "passage"], sample),
+        "splits": markdown_table(["split", "queries", "positives"], splits),
+        "passages": report.passages,
+        "near_duplicate_clusters": report.near_duplicate_clusters,
+        "merged_rows": report.merged_rows,
+        "groups": report.groups,
+        "largest_group": report.largest_group,
+    }
 
 
 def cleaned_pairs_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
@@ -25,7 +61,6 @@ def cleaned_pairs_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         with readable_errors():
             cleaning = apply_overrides(pipeline.settings.cleaning, config)
             produced = make_cleaned_pairs(pipeline.for_run(context.run_id, cleaning=cleaning))
-        report = produced.artifact.report
-        return materialized(context, produced, {})
+        return materialized(context, produced, cleaning_metadata(produced.artifact))
 
     return cleaned_pairs

@@ -6,7 +6,7 @@ import dagster as dg
 
 from embed_pipeline.orchestration.launching import launch_under_dagster
 from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
-from embed_pipeline.orchestration.reporting import markdown_table, materialized, readable_errors
+from embed_pipeline.orchestration.reporting import materialized, readable_errors, training_metadata
 from embed_pipeline.settings import EmbedderSettings
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_embedder
 
@@ -31,7 +31,6 @@ def embedder_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
             produced = make_embedder(
                 pipeline.for_run(context.run_id, embedder=embedder), partial(launch_under_dagster, context)
             )
-        report = produced.artifact.report
-        return materialized(context, produced, {})
+        return materialized(context, produced, training_metadata(produced.artifact))
 
     return embedder

@@ -1,13 +1,36 @@
 """`evaluation`: before and after, on questions nobody trained on."""
 
+from typing import Any
+
 import dagster as dg
 
+from embed_pipeline.artifacts import Artifact
 from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
-from embed_pipeline.orchestration.reporting import markdown_table, materialized, readable_errors
+from embed_pipeline.orchestration.reporting import markdown_table, materialized, picture, readable_errors
 from embed_pipeline.settings import EvaluationSettings
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_evaluation
 
 EvaluationOverrides = overrides_of(EvaluationSettings, "EvaluationOverrides")
+
+
+def evaluation_metadata(evaluation: Artifact) -> dict[str, Any]:
+    """The verdict, the figures with their intervals, the gains as a picture, and where the report is."""
+    from embed_pipeline.evaluation.plots import gains_plot
+    from embed_pipeline.evaluation.results import REPORT_FILE, Comparison
+
+    rows = [Comparison.model_validate(row) for row in evaluation.report["summary"]]
+    header = ["system", "metric", "value", "gain", "low", "high", "queries"]
+    table = [(r.system, r.metric, r.value, r.gain, r.interval_low, r.interval_high, r.num_queries) for r in rows]
+    figures = {f"{r.system}_{r.metric}": r.value for r in rows if r.metric == "ndcg_at_10"}
+    gains = gains_plot([r for r in rows if r.system == "embedder"], "gains")
+    return {
+        "verdict": evaluation.report["headline"],
+        **{f"verdict_{system}": sentence for system, sentence in evaluation.report["verdicts"].items()},
+        **figures,
+        "figures": markdown_table(header, table),
+        "gains": picture(gains, "gain of the embedder over its base, per metric"),
+        "report": dg.MetadataValue.url((evaluation.path / REPORT_FILE).as_uri()),
+    }
 
 
 def evaluation_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
@@ -26,7 +49,6 @@ def evaluation_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         with readable_errors():
             evaluation = apply_overrides(pipeline.settings.evaluation, config)
             produced = make_evaluation(pipeline.for_run(context.run_id, evaluation=evaluation))
-        report = produced.artifact.report
-        return materialized(context, produced, {})
+        return materialized(context, produced, evaluation_metadata(produced.artifact))
 
     return evaluation

@@ -1,13 +1,45 @@
 """`hard_negatives`: what the base embedder takes for answers, without what may be one."""
 
+from typing import Any
+
 import dagster as dg
 
+from embed_pipeline.artifacts import Artifact
 from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
-from embed_pipeline.orchestration.reporting import markdown_table, materialized, readable_errors
+from embed_pipeline.orchestration.reporting import markdown_table, materialized, picture, readable_errors
 from embed_pipeline.settings import MiningSettings
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_hard_negatives
 
 MiningOverrides = overrides_of(MiningSettings, "MiningOverrides")
+
+
+def mining_metadata(negatives: Artifact) -> dict[str, Any]:
+    """What a person looks at before spending GPU hours on these negatives."""
+    from embed_pipeline.mining.plot import score_histogram
+    from embed_pipeline.mining.report import MiningReport
+
+    report = MiningReport.model_validate(negatives.report)
+    examples = [
+        (example.query, why, round(passage.score, 3), passage.text)
+        for example in report.examples
+        for why, passages in (
+            ("positive", example.positives),
+            ("taken", example.negatives),
+            ("refused", example.refused),
+        )
+        for passage in passages
+    ]
+    return {
+        "dagster/row_count": report.queries,
+        "taken": markdown_table(["negatives", "count"], list(report.taken.items())),
+        "refused": markdown_table(["reason", "count"], list(report.refused.items())),
+        "queries_with_fewer": report.queries_with_fewer,
+        "queries_with_none": report.queries_with_none,
+        "similarity": picture(score_histogram(report.scores), "similarity of positives and negatives"),
+        "examples": markdown_table(["query", "", "similarity", "passage"], examples),
+        "passages_per_second": report.passages_per_second,
+        "precision": report.precision,
+    }
 
 
 def hard_negatives_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
@@ -26,7 +58,6 @@ def hard_negatives_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         with readable_errors():
             mining = apply_overrides(pipeline.settings.mining, config)
             produced = make_hard_negatives(pipeline.for_run(context.run_id, mining=mining))
-        report = produced.artifact.report
-        return materialized(context, produced, {})
+        return materialized(context, produced, mining_metadata(produced.artifact))
 
     return hard_negatives

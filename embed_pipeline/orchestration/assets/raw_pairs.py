@@ -20,13 +20,16 @@ def raw_pairs_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         with readable_errors():
             produced = make_raw_pairs(pipeline.for_run(context.run_id))
         report = produced.artifact.report
+        files = report["files"]
         return materialized(
             context,
             produced,
             {
                 "dagster/row_count": report["rows"],
                 "rows_by_kind": markdown_table(["kind", "rows"], list(report["rows_by_kind"].items())),
-                "files": markdown_table(["file", "rows"], list(report["rows_by_file"].items())),
+                "files": markdown_table(
+                    ["file", "kind", "rows"], [(f["source"], f["kind"], f["rows"]) for f in files[:50]]
+                ),
             },
         )
 

@@ -6,7 +6,7 @@ import dagster as dg
 
 from embed_pipeline.orchestration.launching import launch_under_dagster
 from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
-from embed_pipeline.orchestration.reporting import markdown_table, materialized, readable_errors
+from embed_pipeline.orchestration.reporting import materialized, readable_errors, training_metadata
 from embed_pipeline.settings import RerankerSettings
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_reranker
 
@@ -31,7 +31,6 @@ def reranker_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
             produced = make_reranker(
                 pipeline.for_run(context.run_id, reranker=reranker), partial(launch_under_dagster, context)
             )
-        report = produced.artifact.report
-        return materialized(context, produced, {})
+        return materialized(context, produced, training_metadata(produced.artifact))
 
     return reranker
