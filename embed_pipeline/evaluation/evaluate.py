@@ -18,7 +18,13 @@ from embed_pipeline.evaluation.bm25 import K1, B, bm25_search
 from embed_pipeline.evaluation.metrics import Qrels, per_query
 from embed_pipeline.evaluation.report import write_report
 from embed_pipeline.evaluation.results import (
+    BASE_EMBEDDER,
+    BASE_RERANKER,
+    BM25,
     DETAILS_FILE,
+    EMBEDDER,
+    RERANKER,
+    RERANKER_ALONE,
     SUMMARY_FILE,
     Comparison,
     Details,
@@ -28,13 +34,7 @@ from embed_pipeline.evaluation.results import (
     compare,
 )
 from embed_pipeline.evaluation.systems import (
-    BASE_EMBEDDER,
-    BASE_RERANKER,
-    BM25,
     DEPTH,
-    EMBEDDER,
-    RERANKER,
-    RERANKER_ALONE,
     Ranking,
     has_trained_head,
     pair_length,
@@ -221,9 +221,11 @@ def _details(
     base_reranker = ranked.models.base_reranker
     untrained = base_reranker is not None and not has_trained_head(base_reranker)
     changes = _changes(collection, rankings, values)
+    claim, figures = headline(summary, settings.confidence)
     return Details(
         title=title,
-        headline=headline(summary, settings.confidence),
+        claim=claim,
+        figures=figures,
         verdicts=verdicts(over_embedder, settings.confidence, untrained_head=untrained),
         systems=_descriptions(list(rankings), settings, ranked.embedder_weight, untrained),
         notes=_notes(collection, settings, len(ranked.sampled), ranked.embedder_weight),

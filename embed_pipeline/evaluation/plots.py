@@ -67,7 +67,8 @@ def gains_plot(rows: Sequence[Comparison], name: str) -> str:
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.grid(axis="x", color=_LINE, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.xaxis.set_major_formatter(lambda value, _: _signed(value, 2))
+        axes.xaxis.set_major_formatter(lambda value, _: _signed(value))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.margins(x=0.08)
         return _themed(figure, name)
 
@@ -92,7 +93,7 @@ def scores_plot(scores: ScoreSummary, limits: tuple[float, float], name: str) ->
 def changes_plot(changes: np.ndarray, name: str) -> str:
     """(n,) per-query change of nDCG@10 -> how many queries changed by how much; the unchanged are in the title."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(2.5)
+        figure, axes = _figure(2.6, width=11.0)
         edges = np.linspace(-1.0, 1.0, 41)
         moved = changes[changes != 0]
         counts = np.histogram(np.clip(moved, -1, 1), edges)[0]
@@ -100,20 +101,21 @@ def changes_plot(changes: np.ndarray, name: str) -> str:
         axes.bar(edges[:-1], counts, width=np.diff(edges) * 0.86, align="edge", color=colours, alpha=0.8)
         axes.axvline(0, color=_MUTED, linewidth=1)
         axes.set_xlim(-1.02, 1.02)
+        axes.set_xticks(np.linspace(-1.0, 1.0, 5))
         axes.set_xlabel(f"change of nDCG@10 (unchanged: {len(changes) - len(moved):,} of {len(changes):,} questions)")
         axes.set_ylabel("questions")
         axes.grid(axis="y", color=_LINE, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.xaxis.set_major_formatter(lambda value, _: _signed(value, 1))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(lambda value, _: _signed(value))
         return _themed(figure, name)
 
 
-def _signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}") if abs(value) > 1e-9 else "0"
+def _signed(value: float) -> str:
+    return f"{value:+.3g}".replace("-", "\N{MINUS SIGN}") if abs(value) > 1e-9 else "0"
 
 
-def _figure(height: float, width: float = 7.4) -> tuple[Figure, Axes]:
+def _figure(height: float, width: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 

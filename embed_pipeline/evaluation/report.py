@@ -21,14 +21,17 @@ from embed_pipeline.errors import ArtifactError
 from embed_pipeline.evaluation.metrics import METRICS
 from embed_pipeline.evaluation.plots import changes_plot, gains_plot, scores_plot
 from embed_pipeline.evaluation.results import (
+    BASE_EMBEDDER,
+    BM25,
     DETAILS_FILE,
+    EMBEDDER,
     REPORT_FILE,
+    RERANKER,
     SUMMARY_FILE,
     Comparison,
     Details,
     EvaluationReport,
 )
-from embed_pipeline.evaluation.systems import BASE_EMBEDDER, EMBEDDER, RERANKER, RERANKER_ALONE
 from embed_pipeline.evaluation.verdict import METRIC_NAMES, SYSTEM_NAMES, interval, percent, row_of, signed
 from embed_pipeline.tables import PER_QUERY_FILE
 
@@ -124,9 +127,7 @@ def _tables(report: EvaluationReport) -> list[dict[str, Any]]:
             "systems": everywhere,
         }
     ]
-    reranked = _by_system(
-        [row for row in details.over_embedder if row.system in SYSTEM_NAMES and row.system.find("reranker") >= 0]
-    )
+    reranked = _by_system([row for row in details.over_embedder if row.system != BM25])
     if reranked:
         one = next(iter(reranked.values()))
         embedder = {
@@ -154,9 +155,8 @@ def _tables(report: EvaluationReport) -> list[dict[str, Any]]:
 
 
 def _by_system(rows: Sequence[Comparison]) -> dict[str, dict[str, Comparison]]:
-    order = [*(system for system in SYSTEM_NAMES if system != RERANKER_ALONE), RERANKER_ALONE]
-    found = {row.system for row in rows}
-    return {system: {row.metric: row for row in rows if row.system == system} for system in order if system in found}
+    systems = dict.fromkeys(row.system for row in rows)
+    return {system: {row.metric: row for row in rows if row.system == system} for system in systems}
 
 
 def _plots(report: EvaluationReport, folder: Path) -> dict[str, str]:

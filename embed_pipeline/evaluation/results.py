@@ -12,6 +12,13 @@ from embed_pipeline.evaluation.significance import paired_bootstrap
 from embed_pipeline.mining.report import ScoreSummary
 from embed_pipeline.settings import EvaluationSettings
 
+BM25 = "bm25"
+BASE_EMBEDDER = "base_embedder"
+EMBEDDER = "embedder"
+BASE_RERANKER = "base_reranker"
+RERANKER = "reranker"
+RERANKER_ALONE = "reranker_alone"  # shown only where the embedder's score is blended in
+
 SUMMARY_FILE = "summary.json"
 DETAILS_FILE = "details.json"
 REPORT_FILE = "report.html"
@@ -54,7 +61,8 @@ class QueryChange(_Part):
 
 class Details(_Part):
     title: str
-    headline: str
+    claim: str  # the verdict on the embedder in plain words
+    figures: str  # its gain and interval
     verdicts: dict[str, str]  # system -> one plain sentence
     systems: dict[str, str]  # system -> what it is
     notes: list[str]
@@ -76,6 +84,10 @@ class Details(_Part):
     bootstrap_samples: int
     confidence: float
     versions: dict[str, str]
+
+    @property
+    def headline(self) -> str:
+        return f"{self.claim}: {self.figures}."
 
 
 class EvaluationReport(_Part):

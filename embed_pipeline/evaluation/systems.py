@@ -20,17 +20,10 @@ from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.models.search import pair_scores, search
 from embed_pipeline.tables import RANKINGS
 
-BM25 = "bm25"
-BASE_EMBEDDER = "base_embedder"
-EMBEDDER = "embedder"
-BASE_RERANKER = "base_reranker"
-RERANKER = "reranker"
-RERANKER_ALONE = "reranker_alone"
-
 DEPTH = 100
 """Passages of a ranking that are kept and measured: the deepest metrics end here."""
 
-_LATENCY_QUERIES = 20
+_LATENCY_QUERIES = 10
 
 
 @dataclass(frozen=True)

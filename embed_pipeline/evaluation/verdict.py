@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from embed_pipeline.evaluation.results import Comparison
-from embed_pipeline.evaluation.systems import BASE_EMBEDDER, BASE_RERANKER, BM25, EMBEDDER, RERANKER
+from embed_pipeline.evaluation.results import (
+    BASE_EMBEDDER,
+    BASE_RERANKER,
+    BM25,
+    EMBEDDER,
+    RERANKER,
+    RERANKER_ALONE,
+    Comparison,
+)
 
 MINUS = "\N{MINUS SIGN}"
 METRIC_NAMES = {
@@ -26,7 +33,7 @@ SYSTEM_NAMES = {
     EMBEDDER: "Fine-tuned embedder",
     BASE_RERANKER: "Base reranker",
     RERANKER: "Fine-tuned reranker",
-    "reranker_alone": "Fine-tuned reranker, its score alone",
+    RERANKER_ALONE: "Fine-tuned reranker, its score alone",
 }
 
 
@@ -42,27 +49,24 @@ def signed(value: float) -> str:
 
 def percent(value: float) -> str:
     """62 %, with a space that does not break."""
-    return f"{value:.0%}".replace("%", " %")
+    return f"{100 * value:.0f}\N{NO-BREAK SPACE}%"
 
 
 def interval(row: Comparison, confidence: float) -> str:
     return f"{percent(confidence)} interval {signed(row.interval_low)} to {signed(row.interval_high)}"
 
 
-def headline(summary: list[Comparison], confidence: float) -> str:
-    """The one sentence on the fine-tuned embedder."""
+def headline(summary: list[Comparison], confidence: float) -> tuple[str, str]:
+    """What to say of the fine-tuned embedder, and the figures that bear it out."""
     ndcg, first = _needed(summary, EMBEDDER, "ndcg_at_10"), _needed(summary, EMBEDDER, "hit_rate_at_1")
     figures = f"nDCG@10 {signed(ndcg.gain)} ({interval(ndcg, confidence)})"
     after, before = percent(first.value), percent(first.value - first.gain)
-    finds = f"a right passage first for {after} of {ndcg.num_queries:,} test questions"
+    finds = f"finds a right passage first for {after} of {ndcg.num_queries:,} test questions, before {before}"
     if ndcg.verdict == "better":
-        return f"The fine-tuned embedder finds {finds}, before {before}: {figures}."
+        return f"The fine-tuned embedder {finds}", figures
     if ndcg.verdict == "worse":
-        return f"Fine-tuning made the embedder worse. It finds {finds}, before {before}: {figures}."
-    return (
-        f"Whether fine-tuning helped, {ndcg.num_queries:,} test questions cannot tell. The embedder finds "
-        f"a right passage first for {after} of them, before {before}: {figures}."
-    )
+        return f"Fine-tuning made the embedder worse: it {finds}", figures
+    return f"Fine-tuning made no difference that the test can tell: the embedder {finds}", figures
 
 
 def verdicts(over_embedder: list[Comparison], confidence: float, *, untrained_head: bool) -> dict[str, str]:

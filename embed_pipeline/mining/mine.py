@@ -29,7 +29,8 @@ REFUSED_ROWS_PER_QUERY = 30
 class EncodesTexts(Protocol):
     """What mining needs of `models.embedder.Embedder`."""
 
-    precision: str
+    @property
+    def precision(self) -> str: ...
 
     def encode_queries(self, texts: Sequence[str], *, progress: bool = True) -> np.ndarray: ...
     def encode_passages(self, texts: Sequence[str], *, progress: bool = True) -> np.ndarray: ...

@@ -1,0 +1,60 @@
+"""The paired bootstrap against scipy's, and against what an interval promises."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from embed_pipeline.evaluation import significance
+from embed_pipeline.evaluation.significance import paired_bootstrap
+
+
+def test_agrees_with_scipy() -> None:
+    draw = np.random.default_rng(0)
+    differences = np.stack([draw.normal(0.03, 0.2, 300), draw.exponential(0.1, 300) - 0.08], axis=1)
+    ours = paired_bootstrap(differences, samples=20_000, confidence=0.95, seed=1)
+    np.testing.assert_allclose(ours.mean, differences.mean(axis=0))
+    for column in range(2):
+        theirs = stats.bootstrap(
+            (differences[:, column],), np.mean, n_resamples=20_000, method="percentile", rng=2
+        ).confidence_interval
+        assert ours.low[column] == pytest.approx(theirs.low, abs=6e-4)
+        assert ours.high[column] == pytest.approx(theirs.high, abs=6e-4)
+
+
+def test_covers_the_true_mean_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(5)
+    # 400 experiments of 80 queries whose true mean gain is 0.05, as 400 metrics of one call.
+    found = paired_bootstrap(draw.normal(0.05, 0.3, (80, 400)), samples=2_000, confidence=0.9, seed=0)
+    covered = np.mean((found.low <= 0.05) & (found.high >= 0.05))
+    assert covered == pytest.approx(0.9, abs=0.045)
+
+
+def test_seeded_and_independent_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    differences = np.random.default_rng(0).normal(size=(50, 3))
+    once = paired_bootstrap(differences, samples=1_000, confidence=0.95, seed=3)
+    again = paired_bootstrap(differences, samples=1_000, confidence=0.95, seed=3)
+    np.testing.assert_array_equal(once.low, again.low)
+    other = paired_bootstrap(differences, samples=1_000, confidence=0.95, seed=4)
+    assert not np.array_equal(once.low, other.low)
+    monkeypatch.setattr(significance, "_DRAWS_PER_STEP", 700)
+    np.testing.assert_allclose(
+        once.low, paired_bootstrap(differences, samples=1_000, confidence=0.95, seed=3).low, atol=1e-12
+    )
+
+
+def test_fast_enough() -> None:
+    differences = np.random.default_rng(0).normal(size=(1_000, 10))
+    started = time.perf_counter()
+    paired_bootstrap(differences, samples=10_000, confidence=0.95, seed=0)
+    assert time.perf_counter() - started < 5
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match=r"found \(0, 3\)"):
+        paired_bootstrap(np.empty((0, 3)), samples=100, confidence=0.95, seed=0)
+    with pytest.raises(ValueError, match="not a finite number"):
+        paired_bootstrap(np.array([[np.nan]]), samples=100, confidence=0.95, seed=0)
