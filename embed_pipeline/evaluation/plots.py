@@ -1,4 +1,7 @@
-"""The report's plots: SVG in the page's own colours and font, so that they follow its light and dark theme."""
+"""The report's plots: SVG in the page's own colours and font, so that they follow its light and dark theme.
+
+Shown by themselves, as in the Dagster UI, they are on white.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,24 @@ from embed_pipeline.evaluation.results import Comparison
 from embed_pipeline.evaluation.verdict import METRIC_NAMES
 from embed_pipeline.mining.report import ScoreSummary
 
-# matplotlib must be given colours; these stand for the page's CSS variables and are replaced in the drawn text.
+# matplotlib must be given colours; these stand for the page's CSS variables and are replaced in the drawn text. The
+# second value is for a plot shown by itself, where there is no page.
 _VARIABLES = {
-    "#000001": "var(--ink)",
-    "#000002": "var(--muted)",
-    "#000003": "var(--line)",
-    "#000004": "var(--better)",
-    "#000005": "var(--worse)",
-    "#000006": "var(--accent)",
-    "#000007": "var(--other)",
+    "#000001": "var(--ink, #1d2430)",
+    "#000002": "var(--muted, #667085)",
+    "#000003": "var(--line, #e4e2dc)",
+    "#000004": "var(--better, #17805a)",
+    "#000005": "var(--worse, #c2413a)",
+    "#000006": "var(--accent, #2f5fd0)",
+    "#000007": "var(--other, #d9822b)",
+    "#000008": "var(--card, #ffffff)",
 }
-_INK, _MUTED, _LINE, _BETTER, _WORSE, _ACCENT, _OTHER = _VARIABLES
+_INK, _MUTED, _LINE, _BETTER, _WORSE, _ACCENT, _OTHER, _CARD = _VARIABLES
 _OF_VERDICT = {"better": _BETTER, "worse": _WORSE, "undecided": _MUTED}
 _STYLE: Any = {
+    "figure.facecolor": _CARD,
+    "savefig.facecolor": "auto",
+    "axes.facecolor": "none",
     "text.color": _INK,
     "axes.labelcolor": _MUTED,
     "axes.edgecolor": _LINE,
@@ -124,6 +132,5 @@ def _themed(figure: Figure, name: str) -> str:
     svg = svg_of(figure, name)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", svg)
-    # The page decides the width.
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans, sans-serif)", svg)
+    return svg.replace("<svg ", '<svg role="img" ', 1)

@@ -29,4 +29,4 @@ def score_histogram(scores: ScoreSummary) -> str:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    return svg_of(figure, "mining", transparent=False)
+    return svg_of(figure, "mining")

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from embed_pipeline.errors import ArtifactError, ModelError
 from embed_pipeline.evaluation.evaluate import ComparedModels, evaluate
 from embed_pipeline.evaluation.metrics import METRICS
+from embed_pipeline.evaluation.plots import gains_plot
 from embed_pipeline.evaluation.report import read_report, terminal_table, write_report
 from embed_pipeline.evaluation.results import Comparison, EvaluationReport
 from embed_pipeline.evaluation.systems import Ranking, has_trained_head, reordered
@@ -290,3 +291,11 @@ def test_verdicts_do_not_flatter() -> None:
     told = verdicts(worse, 0.95, untrained_head=False)
     assert "makes the ranking worse, so leave it out" in told["reranker"]
     assert "bm25" not in told
+
+
+def test_a_plot_shown_by_itself_has_colours() -> None:
+    """As in the Dagster UI: every colour of the page has a value for where there is no page."""
+    svg = gains_plot([row("embedder", metric, 0.1, 0.05, 0.15) for metric in METRICS], "alone")
+    assert "#00000" not in svg
+    assert not re.findall(r"var\(--\w+\)", svg)
+    assert "var(--better, #17805a)" in svg
