@@ -28,4 +28,4 @@ def training_curve(log_file: Path) -> str:
         right.plot(*zip(*measured, strict=True), color=_DEV, marker="o", markersize=4)
         right.set_ylabel("dev nDCG@10", color=_DEV)
         right.spines[["top", "left"]].set_visible(False)
-    return svg_of(figure, "training", transparent=False)
+    return svg_of(figure, "training")
