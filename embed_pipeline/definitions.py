@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -9,12 +10,16 @@ import dagster as dg
 
 from embed_pipeline.errors import ConfigurationError
 
+# Dagster warns of its own use of a beta parameter, in every process, whenever an asset check is defined.
+warnings.filterwarnings("ignore", message="Parameter `execution_type`", category=dg.BetaWarning)
+
 
 @dg.definitions
 def defs() -> dg.Definitions:
     """One Definitions object for all pipelines; an error in any YAML fails here, before any work."""
     shipped = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
-    return dg.Definitions.merge(shipped, *(load_folder(folder, f"embed_pipeline_defs_{i}") for i, folder in enumerate(extra_folders())))
+    outside = [load_folder(folder, f"embed_pipeline_defs_{i}") for i, folder in enumerate(extra_folders())]
+    return dg.Definitions.merge(shipped, *outside)
 
 
 def extra_folders() -> list[Path]:
@@ -32,6 +37,10 @@ def extra_folders() -> list[Path]:
 def load_folder(folder: Path, module_name: str) -> dg.Definitions:
     """The pipelines of a folder outside this package, which Dagster is to know as the module `module_name`."""
     module = ModuleType(module_name)
-    module.__path__ = [str(folder)]
+    module.__path__, module.__file__ = [str(folder)], str(folder / "__init__.py")
     sys.modules[module.__name__] = module
-    return dg.ComponentTree.from_module(defs_module=module, project_root=folder).build_defs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)  # as `load_from_defs_folder` does
+        tree = dg.ComponentTree.from_module(defs_module=module, project_root=folder).build_defs()
+    # A second component tree cannot be merged with that of the project: keep what it defined.
+    return dg.Definitions(assets=tree.assets, asset_checks=tree.asset_checks, jobs=tree.jobs)

@@ -337,7 +337,9 @@ class RerankerSettings(TrainingSettings):
 
 class EvaluationSettings(Settings):
     rerank_top_k: int = Field(100, ge=1, description="passages of the embedder's ranking that a reranker reorders")
-    rerank_queries: int | None = Field(None, ge=1, description="rerank a seeded sample of the test queries; all if unset")
+    rerank_queries: int | None = Field(
+        None, ge=1, description="rerank a seeded sample of the test queries; all if unset"
+    )
     bootstrap_samples: int = Field(10_000, ge=100)
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     examples: int = Field(15, ge=0, description="queries shown in the report that got better, and that got worse")

@@ -38,7 +38,11 @@ def tiny_bert_folder(minilm_folder: Path, tmp_path_factory: pytest.TempPathFacto
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder))
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
         max_position_embeddings=128,
     )
     BertModel(config).save_pretrained(plain)

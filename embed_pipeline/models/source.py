@@ -49,7 +49,6 @@ def package_folder(package: str, folder: str) -> Path:
     return Path(spec.origin).parent / folder
 
 
-
 def weights_digest(folder: Path) -> str:
     """SHA-256 over the names and contents of a model folder's weights, configuration and tokenizer files."""
     digest = hashlib.sha256()
@@ -75,7 +74,9 @@ def _download(hub: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(hub, revision=revision, ignore_patterns=["*.onnx", "*.h5", "*.msgpack", "openvino/*"])
+        folder = snapshot_download(
+            hub, revision=revision, ignore_patterns=["*.onnx", "*.h5", "*.msgpack", "openvino/*"]
+        )
     except Exception as error:
         raise ModelError(
             f"cannot get {hub} at revision {revision} from the Hub: {error}. Check the id and revision, HF_TOKEN for a "

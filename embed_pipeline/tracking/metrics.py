@@ -68,7 +68,7 @@ class MetricsLogger:
             self._failures += 1
             logger.warning("MLflow did not take the metrics of step %d: %s", step, error)
             if self._failures == GIVE_UP_AFTER:
-                logger.warning("MLflow failed %d times in a row: later metrics go to training_log.jsonl only", GIVE_UP_AFTER)
+                logger.warning("MLflow failed %d times in a row: later metrics go to the log file only", GIVE_UP_AFTER)
 
     def close(self) -> None:
         """Stop the system monitor; the run's status is set by the process that created it."""

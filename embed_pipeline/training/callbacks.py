@@ -103,9 +103,7 @@ class DevEvaluation(TrainerCallback):
         self.last_step = 0
         self.without_gain = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.measure is None:
             logger.info("no dev queries: no evaluation during training, the last weights are kept")
             return

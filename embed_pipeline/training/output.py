@@ -1,9 +1,9 @@
 """What a training leaves in its output folder.
 
-    model/               loads in SentenceTransformer and FlagModel, or in CrossEncoder and FlagReranker; with its card
-    training_log.jsonl   one JSON object a logging event
-    summary.json         rows, steps, dev figures, time, arithmetic
-    serving.json         rerankers: the embedder's share in the final score
+model/               loads in SentenceTransformer and FlagModel, or in CrossEncoder and FlagReranker; with its card
+training_log.jsonl   one JSON object a logging event
+summary.json         rows, steps, dev figures, time, arithmetic
+serving.json         rerankers: the embedder's share in the final score
 """
 
 from __future__ import annotations

@@ -66,9 +66,7 @@ def train(job_of: Callable[..., TrainingJob], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def train_here(
-    job_of: Callable[..., TrainingJob], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Trained]:
+def train_here(job_of: Callable[..., TrainingJob], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
     """The same in this process, without torchrun: spares its start where one rank is enough."""
 
     def run(kind: str, change: Callable[[TrainingJob], TrainingJob] = lambda job: job, **settings: Any) -> Trained:

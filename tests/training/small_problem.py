@@ -120,6 +120,4 @@ def read_output(job: TrainingJob) -> Trained:
 
 def launch(job: TrainingJob, folder: Path) -> None:
     job_file = job.write(folder / "job.json")
-    run_local(
-        torchrun_command(job.entry_point, job_file, job.world_size), env={}, error_file=folder / "error.json"
-    )
+    run_local(torchrun_command(job.entry_point, job_file, job.world_size), env={}, error_file=folder / "error.json")

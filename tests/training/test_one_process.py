@@ -111,9 +111,7 @@ def test_without_dev_queries_the_last_weights_are_kept(
         ("embedder", {"precision": "float16"}, "float16 trains on a CUDA GPU only"),
     ],
 )
-def test_refusals(
-    train_here: Callable[..., Trained], kind: str, settings: dict[str, Any], message: str
-) -> None:
+def test_refusals(train_here: Callable[..., Trained], kind: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=f"(?s){message}"):
         train_here(kind, **settings)
 

@@ -42,9 +42,7 @@ def test_a_query_without_negatives_gets_random_passages_that_are_no_positives(
     assert next(query for query in alone if query.query == text).negatives == ()
 
 
-def test_random_negatives_are_no_near_duplicates_of_a_positive(
-    job_of: Jobs, tmp_path: Path, problem: Problem
-) -> None:
+def test_random_negatives_are_no_near_duplicates_of_a_positive(job_of: Jobs, tmp_path: Path, problem: Problem) -> None:
     for file in problem.cleaned_pairs.iterdir():
         (tmp_path / file.name).symlink_to(file)
     passages = pq.read_table(problem.cleaned_pairs / tables.PASSAGES_FILE).to_pylist()
@@ -86,9 +84,7 @@ def test_tables_of_different_versions_are_refused(job_of: Jobs, tmp_path: Path, 
 
 
 def test_no_train_query_is_an_error(job_of: Jobs, tmp_path: Path) -> None:
-    tables.write(
-        tables.HARD_NEGATIVES.empty_table(), tables.HARD_NEGATIVES, tmp_path / tables.HARD_NEGATIVES_FILE
-    )
+    tables.write(tables.HARD_NEGATIVES.empty_table(), tables.HARD_NEGATIVES, tmp_path / tables.HARD_NEGATIVES_FILE)
     job = job_of("embedder", tmp_path).model_copy(update={"hard_negatives": tmp_path})
     with pytest.raises(TrainingError, match="no query with a positive"):
         read_training_queries(job)

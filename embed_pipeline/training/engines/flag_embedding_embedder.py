@@ -24,9 +24,7 @@ from embed_pipeline.training.rows import TrainingQuery
 POOLING = {"cls": "cls", "mean": "mean", "lasttoken": "last_token"}  # ours -> FlagEmbedding's
 
 
-def prepare(
-    job: EmbedderJob, rank: Rank, queries: list[TrainingQuery], work: Path
-) -> Prepared[SentenceTransformer]:
+def prepare(job: EmbedderJob, rank: Rank, queries: list[TrainingQuery], work: Path) -> Prepared[SentenceTransformer]:
     """A row is a query with all its positives and negatives, of which the library draws a group each time.
 
     The runner trains the transformer inside a sentence-transformers model, which saves what FlagEmbedding does not:

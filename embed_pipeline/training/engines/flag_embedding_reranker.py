@@ -39,9 +39,7 @@ def prepare(job: RerankerJob, rank: Rank, queries: list[TrainingQuery], work: Pa
             query_max_len=settings.query_max_length,
             passage_max_len=passage_max_len,
         ),
-        training_args=AbsRerankerTrainingArguments(
-            **trainer_arguments(job, rank, work), remove_unused_columns=False
-        ),
+        training_args=AbsRerankerTrainingArguments(**trainer_arguments(job, rank, work), remove_unused_columns=False),
     )
     # The same parameters in both, and the same fresh head as the other engine starts from.
     runner.model.model = model[0].model

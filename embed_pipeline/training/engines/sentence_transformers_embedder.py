@@ -32,9 +32,7 @@ class PlainTrainer(SentenceTransformerTrainer):
         pass
 
 
-def prepare(
-    job: EmbedderJob, rank: Rank, queries: list[TrainingQuery], work: Path
-) -> Prepared[SentenceTransformer]:
+def prepare(job: EmbedderJob, rank: Rank, queries: list[TrainingQuery], work: Path) -> Prepared[SentenceTransformer]:
     """Rows are (query, positive, negative_1, ...); the collator truncates and prompts them as encoding does."""
     settings = job.settings
     model = load_sentence_transformer(
