@@ -317,6 +317,16 @@ class RerankerSettings(TrainingSettings):
     )
     query_max_length: int = Field(128, ge=4, description="a pair may have query_max_length + passage_max_length tokens")
     passage_max_length: int = Field(384, ge=4)
+    train_group_size: int = Field(
+        5, ge=2, description="passages per query in a batch: one positive and train_group_size - 1 negatives"
+    )
+    random_negatives: int = Field(
+        0,
+        ge=0,
+        description="of the train_group_size - 1 negatives, so many are random passages instead of mined ones. A fresh "
+        "head must see easy negatives to learn what relevance is, before hard ones can teach it anything: give it half "
+        "of the group. A base model that is a cross-encoder already needs none",
+    )
     batch_size: int = Field(16, ge=1, description="queries (each with its group) per process and step")
     learning_rate: float = Field(2e-5, gt=0)
     loss: RerankerLoss = Field("BinaryCrossEntropyLoss", description="sentence-transformers engine only")
@@ -330,6 +340,22 @@ class RerankerSettings(TrainingSettings):
     )
     dev_queries: int = Field(200, ge=1)
     dev_top_k: int = Field(30, ge=2, description="candidates reranked per dev query")
+
+    @model_validator(mode="after")
+    def _enough_negatives(self) -> RerankerSettings:
+        if self.random_negatives >= self.train_group_size:
+            raise ValueError(
+                f"random_negatives ({self.random_negatives}) must be below train_group_size ({self.train_group_size}): "
+                "a group holds a positive too"
+            )
+        hard = self.train_group_size - 1 - self.random_negatives
+        if hard > self.num_negatives:
+            raise ValueError(
+                f"a group takes {hard} mined negatives (train_group_size {self.train_group_size} - 1 - "
+                f"random_negatives {self.random_negatives}), but num_negatives is {self.num_negatives}: they would repeat. "
+                "Raise num_negatives or random_negatives, or lower train_group_size"
+            )
+        return self
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -365,6 +391,17 @@ class PipelineSettings(Settings):
     reranker: RerankerSettings
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _enough_negatives(self) -> PipelineSettings:
+        needed, mined = self.embedder.train_group_size - 1, self.mining.num_negatives
+        if needed > mined:
+            raise ValueError(
+                f"embedder.train_group_size ({self.embedder.train_group_size}) takes {needed} negatives a query, but "
+                f"mining.num_negatives is {mined}: they would repeat. Raise mining.num_negatives or lower "
+                "embedder.train_group_size"
+            )
+        return self
 
 
 def _is_hex(value: str | None, digits: int) -> bool:

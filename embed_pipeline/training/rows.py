@@ -11,15 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.settings import RerankerSettings
 from embed_pipeline.tables import HARD_NEGATIVES_FILE, PASSAGES_FILE, QUERIES_FILE, passage_text
 from embed_pipeline.training.job import TrainingJob
+from embed_pipeline.training.random_negatives import add_random, turns
 
 
 @dataclass(frozen=True)
 class TrainingQuery:
     query: str
     positives: tuple[str, ...]  # at least one
-    negatives: tuple[str, ...]  # hardest first; at least one wherever groups hold more than a positive
+    negatives: tuple[str, ...]  # hardest first; at least one wherever groups hold mined ones
+    random: tuple[str, ...] = ()  # random passages, for as many groups as `random_negatives.turns` says
 
 
 def read_training_queries(job: TrainingJob) -> list[TrainingQuery]:
@@ -39,10 +42,15 @@ def read_training_queries(job: TrainingJob) -> list[TrainingQuery]:
     if wanted is not None and wanted < len(rows):
         chosen = np.random.default_rng(job.seed).choice(len(rows), size=wanted, replace=False)
         rows = [rows[i] for i in np.sort(chosen)]
-    negatives_needed = job.settings.train_group_size - 1
+    random_needed = job.settings.random_negatives if isinstance(job.settings, RerankerSettings) else 0
+    negatives_needed = job.settings.train_group_size - 1 - random_needed
     if negatives_needed:
         _fill_empty(rows, job, negatives_needed)
-    needed = {id for row in rows for key in ("positive_ids", "negative_ids") for id in row[key]}
+    if random_needed:
+        corpus = read_table(job.cleaned_pairs / PASSAGES_FILE, ["passage_id", "cluster_id"])
+        add_random(rows, corpus, job.seed, random_needed, negatives_needed)
+    keys = ("positive_ids", "negative_ids", "random_ids")
+    needed = {id for row in rows for key in keys for id in row.get(key, ())}
     passages = read_passages(job.cleaned_pairs, needed)
     queries = read_queries(job.cleaned_pairs, {row["query_id"] for row in rows})
     return [
@@ -50,23 +58,40 @@ def read_training_queries(job: TrainingJob) -> list[TrainingQuery]:
             queries[row["query_id"]],
             tuple(passages[id] for id in row["positive_ids"]),
             tuple(passages[id] for id in row["negative_ids"]),
+            tuple(passages[id] for id in row.get("random_ids", ())),
         )
         for row in rows
     ]
 
 
-def groups(queries: Iterable[TrainingQuery], group_size: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """One (query, positive, group_size - 1 negatives) a judged pair.
-
-    A query's next positive goes on where the last one stopped in its negatives; at the end it begins again, so a
-    query with too few repeats them (as FlagEmbedding does).
-    """
-    size = group_size - 1
+def groups(
+    queries: Iterable[TrainingQuery], group_size: int, random_negatives: int = 0
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """One (query, positive, group_size - 1 negatives, the random ones last) a judged pair."""
     for query in queries:
         for turn, positive in enumerate(query.positives):
-            start = turn * size
-            chosen = (query.negatives[(start + i) % len(query.negatives)] for i in range(size))
-            yield query.query, positive, tuple(chosen)
+            yield query.query, positive, negatives_of(query, turn, group_size, random_negatives)
+
+
+def negatives_of(query: TrainingQuery, turn: int, group_size: int, random_negatives: int = 0) -> tuple[str, ...]:
+    """The negatives of a query's group number `turn`.
+
+    The next group goes on where the last one stopped; at the end it begins again, so a query with too few repeats them
+    (as FlagEmbedding does).
+    """
+    mined = group_size - 1 - random_negatives
+    return (
+        *(query.negatives[(turn * mined + i) % len(query.negatives)] for i in range(mined)),
+        *(query.random[(turn * random_negatives + i) % len(query.random)] for i in range(random_negatives)),
+    )
+
+
+def negatives_to_draw_from(query: TrainingQuery, group_size: int, random_negatives: int) -> list[str]:
+    """For a trainer that draws a group's negatives itself: mined and random ones in the shares of a group."""
+    if not random_negatives:
+        return list(query.negatives)
+    count = turns(len(query.positives), len(query.negatives), group_size - 1 - random_negatives)
+    return [text for turn in range(count) for text in negatives_of(query, turn, group_size, random_negatives)]
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:

@@ -30,6 +30,20 @@ def test_a_damaged_job_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"train_group_size": 1}, "greater than or equal to 2"),
+        ({"random_negatives": 5}, r"random_negatives \(5\) must be below train_group_size \(5\)"),
+        ({"train_group_size": 16}, "takes 15 mined negatives .* but num_negatives is 8: they would repeat"),
+        ({"train_group_size": 16, "random_negatives": 6}, "takes 9 mined negatives"),
+    ],
+)
+def test_a_group_that_cannot_be_filled_is_refused_with_the_settings(extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RerankerSettings.model_validate({"base_model": "embedder", **extra})
+
+
+@pytest.mark.parametrize(
     ("settings", "extra", "message"),
     [
         (EmbedderSettings, {"loss": "TripletLoss"}, "'MultipleNegativesRankingLoss' or 'Cached"),

@@ -18,8 +18,8 @@ from embed_pipeline.training.job import EmbedderJob, TrainingJob
 KINDS = [
     ("embedder", {"engine": "sentence-transformers"}),
     ("embedder", {"engine": "flag-embedding"}),
-    ("reranker", {"engine": "sentence-transformers"}),
-    ("reranker", {"engine": "flag-embedding"}),
+    ("reranker", {"engine": "sentence-transformers", "random_negatives": 1}),
+    ("reranker", {"engine": "flag-embedding", "train_group_size": 4, "random_negatives": 1}),
 ]
 
 

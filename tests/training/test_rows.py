@@ -13,7 +13,7 @@ from small_problem import QUERY_WITH_TWO_POSITIVES, QUERY_WITHOUT_NEGATIVES, Pro
 from embed_pipeline import tables
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.training.job import TrainingJob
-from embed_pipeline.training.rows import TrainingQuery, groups, read_training_queries
+from embed_pipeline.training.rows import TrainingQuery, groups, negatives_to_draw_from, read_training_queries
 
 Jobs = Callable[..., TrainingJob]
 
@@ -54,6 +54,32 @@ def test_random_negatives_are_no_near_duplicates_of_a_positive(job_of: Jobs, tmp
     job = job_of("embedder", tmp_path).model_copy(update={"cleaned_pairs": tmp_path})
     first = read_training_queries(job)[0]  # q0, the one without negatives
     assert first.negatives == (next(row["text"] for row in passages if row["passage_id"] == "p7"),)
+
+
+def test_random_negatives_stand_beside_mined_ones_in_every_group() -> None:
+    query = TrainingQuery("q", ("a", "b"), ("1", "2", "3"), ("x", "y", "z", "w"))
+    assert list(groups([query], 4, 2)) == [("q", "a", ("1", "x", "y")), ("q", "b", ("2", "z", "w"))]
+    assert negatives_to_draw_from(query, 4, 0) == ["1", "2", "3"]
+    # Drawn from blindly, a group of 5 has one random negative on average: a quarter of these.
+    assert negatives_to_draw_from(query, 5, 1) == ["1", "2", "3", "x", "1", "2", "3", "y"]
+
+
+@pytest.mark.parametrize("engine", ["sentence-transformers", "flag-embedding"])
+def test_random_negatives_are_seeded_and_neither_positive_nor_mined(job_of: Jobs, tmp_path: Path, engine: str) -> None:
+    job = job_of("reranker", tmp_path, engine=engine, train_group_size=6, random_negatives=3)
+    queries = read_training_queries(job)
+    for query in queries:
+        assert len(query.random) == len(set(query.random)) >= 3 * len(query.positives)
+        assert not set(query.random) & {*query.positives, *query.negatives}
+    assert len({query.random for query in queries}) == len(queries)
+    assert queries == read_training_queries(job)
+    other_seed = job_of("reranker", tmp_path, engine=engine, seed=4, train_group_size=6, random_negatives=3)
+    assert queries != read_training_queries(other_seed)
+
+
+def test_a_group_may_hold_random_negatives_alone(job_of: Jobs, tmp_path: Path) -> None:
+    queries = read_training_queries(job_of("reranker", tmp_path, train_group_size=3, random_negatives=2))
+    assert all(set(negatives) <= set(query.random) for query in queries for *_, negatives in groups([query], 3, 2))
 
 
 def test_several_positives_are_several_rows(job_of: Jobs, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from FlagEmbedding.finetune.embedder.encoder_only.base import (
@@ -43,7 +44,7 @@ def prepare(job: EmbedderJob, rank: Rank, queries: list[TrainingQuery], work: Pa
             model_name_or_path=str(job.base_model), trust_remote_code=job.trust_remote_code
         ),
         data_args=EncoderOnlyEmbedderDataArguments(
-            train_data=[str(write_rows(queries, work, rank))],
+            train_data=[str(write_rows(((row, row.negatives) for row in queries), work, rank))],
             cache_path=str(work / f"cache-{rank.rank}"),
             train_group_size=settings.train_group_size,
             query_max_len=encoding.query_max_length,
@@ -66,11 +67,14 @@ def prepare(job: EmbedderJob, rank: Rank, queries: list[TrainingQuery], work: Pa
     return Prepared(runner.trainer, model, len(queries))
 
 
-def write_rows(queries: list[TrainingQuery], work: Path, rank: Rank) -> Path:
-    """FlagEmbedding's training file. Each rank has its own, so that none has to wait for another."""
+def write_rows(rows: Iterable[tuple[TrainingQuery, Sequence[str]]], work: Path, rank: Rank) -> Path:
+    """FlagEmbedding's training file, from queries and the negatives that each group's are drawn from.
+
+    Each rank has its own, so that none has to wait for another.
+    """
     path = work / f"train-{rank.rank}.jsonl"
     with path.open("w") as file:
-        for row in queries:
-            fields = {"query": row.query, "pos": row.positives, "neg": row.negatives}
+        for row, negatives in rows:
+            fields = {"query": row.query, "pos": row.positives, "neg": negatives}
             file.write(json.dumps(fields, ensure_ascii=False) + "\n")
     return path

@@ -18,22 +18,29 @@ from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.engines.flag_embedding_embedder import write_rows
 from embed_pipeline.training.job import RerankerJob
 from embed_pipeline.training.process import Rank
-from embed_pipeline.training.rows import TrainingQuery
+from embed_pipeline.training.rows import TrainingQuery, negatives_to_draw_from
 
 
 def prepare(job: RerankerJob, rank: Rank, queries: list[TrainingQuery], work: Path) -> Prepared[CrossEncoder]:
-    """A row is a query with all its positives and negatives; the loss is a softmax over a group drawn from it."""
+    """A row is a query with all its positives and negatives; the loss is a softmax over a group drawn from it.
+
+    The library draws from mined and random negatives alike, so a group holds `random_negatives` of them on average.
+    """
     settings = job.settings
     check_steps(job, rank, len(queries), "queries")
     model = load_cross_encoder(job, rank.device)
     # Its maximum is the sum of the two: cut it to what the model has positions for.
     passage_max_len = pair_length(job, model) - settings.query_max_length
+    rows = (
+        (query, negatives_to_draw_from(query, settings.train_group_size, settings.random_negatives))
+        for query in queries
+    )
     runner = EncoderOnlyRerankerRunner(
         model_args=AbsRerankerModelArguments(
             model_name_or_path=str(job.base_model), trust_remote_code=job.trust_remote_code
         ),
         data_args=AbsRerankerDataArguments(
-            train_data=[str(write_rows(queries, work, rank))],
+            train_data=[str(write_rows(rows, work, rank))],
             cache_path=str(work / f"cache-{rank.rank}"),
             train_group_size=settings.train_group_size,
             query_max_len=settings.query_max_length,

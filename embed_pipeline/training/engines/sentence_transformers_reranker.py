@@ -31,7 +31,7 @@ def prepare(job: RerankerJob, rank: Rank, queries: list[TrainingQuery], work: Pa
     """Rows are (query, passage, label) for the pointwise loss, else (query, docs, labels)."""
     settings = job.settings
     model = load_cross_encoder(job, rank.device)
-    rows = list(groups(queries, settings.train_group_size))
+    rows = list(groups(queries, settings.train_group_size, settings.random_negatives))
     check_steps(job, rank, len(rows), "(query, positive) pairs")
     arguments = trainer_arguments(job, rank, work)
     # Every parameter is used, and the search for unused ones breaks on a loss that runs the model itself.
