@@ -57,6 +57,13 @@ QRELS = pa.schema(
         pa.field("relevance", pa.float64(), nullable=False),  # > 0 positive, 0 judged as not relevant
     ]
 )
+WITHHELD_FILE = "withheld.parquet"  # known to be relevant, yet not to be trained or measured on: never a negative
+WITHHELD = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("passage_id", pa.string(), nullable=False),
+    ]
+)
 REJECTED_FILE = "rejected.parquet"
 REJECTED = pa.schema(
     [

@@ -37,6 +37,8 @@ from embed_pipeline.tables import (
     REJECTED,
     REJECTED_FILE,
     SPLITS,
+    WITHHELD,
+    WITHHELD_FILE,
     write_stream,
 )
 
@@ -57,6 +59,7 @@ class CleaningReport(BaseModel):
     judgements_by_split: dict[str, int]  # positives, and what was judged as not relevant
     passages: int
     judged_passages: int
+    withheld_pairs: int  # called relevant by a rejected row, query and passage both kept
     near_duplicate_clusters: int  # of two passages or more
     near_duplicate_passages: int  # in these clusters
     merged_rows: int  # kept rows whose passage gave way to a near-duplicate
@@ -68,12 +71,16 @@ class CleaningReport(BaseModel):
 
 
 def clean(raw_file: Path, settings: CleaningSettings, seed: int, out: Path) -> CleaningReport:
-    """Clean `raw_file` (schema `tables.RAW`) into queries, passages, qrels, rejected and merged parquet in `out`.
+    """Clean `raw_file` (schema `tables.RAW`) into the parquet tables of cleaned_pairs in `out` (see `tables`).
 
     The same rows, settings and seed give the same bytes. A row is kept when its judgement (pair, triplet, judgement),
     its passage or its query stands in the tables; otherwise it is in `rejected` with the first of `reasons.REASONS`
     that applies. All clean corpus passages stay, asked for or not, and so does a passage whose judgements were
     dropped as leaks: it is part of what has to be searched.
+
+    What a rejected row calls relevant stays known where its query stands by other rows and its passage is kept: such
+    pairs are `withheld`, so that nothing takes them for negatives. No measurement counts them as answers: a dev query
+    whose positive was dropped as a leak is asked over a corpus in which that passage is unjudged.
 
     Raises CleaningError where nothing is left of a split, or the splits cannot be kept apart.
     """
@@ -157,6 +164,16 @@ def _create_results(connection: duckdb.DuckDBPyConnection) -> None:
             )"""
     )
     connection.execute(
+        # DuckDB holds NaN for the greatest number: what is not finite says nothing.
+        """CREATE TABLE out_withheld AS
+           SELECT DISTINCT query_id, passage_id FROM (
+               SELECT query_id, standing_id AS passage_id FROM stated JOIN stands_for USING (passage_id)
+               WHERE relevance > 0 AND isfinite(relevance)
+           )
+           SEMI JOIN out_queries USING (query_id) SEMI JOIN out_passages USING (passage_id)
+           ANTI JOIN out_qrels USING (query_id, passage_id)"""
+    )
+    connection.execute(
         """CREATE TABLE out_rejected AS SELECT source, row_number, rows.kind, reason, detail, query, passage
            FROM rejections JOIN rows USING (row)"""
     )
@@ -198,6 +215,7 @@ def _write(connection: duckdb.DuckDBPyConnection, out: Path) -> None:
         ("out_queries", QUERIES, QUERIES_FILE, "query_id"),
         ("out_passages", PASSAGES, PASSAGES_FILE, "passage_id"),
         ("out_qrels", QRELS, QRELS_FILE, "query_id, passage_id"),
+        ("out_withheld", WITHHELD, WITHHELD_FILE, "query_id, passage_id"),
         ("out_rejected", REJECTED, REJECTED_FILE, "source, row_number"),
         ("out_merged", MERGED, MERGED_FILE, "source, row_number, passage_id"),
     ):
@@ -232,6 +250,7 @@ def _report(connection: duckdb.DuckDBPyConnection, delivered: list[str]) -> Clea
         judgements_by_split=_in_order(counts(f"{judgements} GROUP BY split")),
         passages=one("SELECT count(*) FROM out_passages"),
         judged_passages=one("SELECT count(DISTINCT passage_id) FROM out_qrels"),
+        withheld_pairs=one("SELECT count(*) FROM out_withheld"),
         near_duplicate_clusters=one(f"SELECT count(*) FROM ({clustered})"),
         near_duplicate_passages=one(f"SELECT coalesce(sum(n), 0) FROM ({clustered})"),
         merged_rows=one("SELECT count(DISTINCT (source, row_number)) FROM out_merged"),

@@ -5,8 +5,10 @@ Each function takes the connection that `clean` works on and leaves tables in it
     rows        one a raw row: normalised texts, query_key, split, and the hash of each text
     rejections  row, reason, detail; `live` is the view of the rows that are not in it
     mentions    every place where a live row names a passage, with its canonical `passage_id`
-    judgements  row, query_id, passage_id, negative_id (triplets), relevance, split, and the ids the row's own texts
-                had before near-duplicates were merged; `judged` is the view of what stands, a row each judgement
+    stated      row, query_id, passage_id, negative_id (triplets), relevance, split: what every row that names a known
+                query and passage says of them, rejected or not
+    judgements  `stated` of the rows that were live, and the ids the row's own texts had before near-duplicates were
+                merged; `judged` is the view of what stands, a row each judgement
     passages    passage_id, title, text; passage_clusters: passage_id -> cluster_id
 """
 
@@ -183,16 +185,19 @@ def resolve_judgements(connection: Connection) -> None:
                 WHERE kind = 'judgement' AND {what}_id NOT IN (SELECT own_id FROM {what}_ids)""",
         )
     connection.execute(
-        """CREATE TABLE judgements AS
+        """CREATE VIEW stated AS
            SELECT row, q.id AS query_id, p.id AS passage_id, n.id AS negative_id,
-               p.id AS own_passage_id, n.id AS own_negative_id,
                CASE WHEN coalesce(relevance, 1.0) > 0 THEN coalesce(relevance, 1.0) ELSE 0.0 END AS relevance, split
-           FROM live l JOIN query_names q ON q.hash = query_hash JOIN passage_names p ON p.hash = passage_hash
+           FROM rows r JOIN query_names q ON q.hash = query_hash JOIN passage_names p ON p.hash = passage_hash
            LEFT JOIN passage_names n ON n.hash = negative_hash WHERE kind IN ('pair', 'triplet')
            UNION ALL
-           SELECT row, q.id, p.id, NULL, p.id, NULL, greatest(relevance, 0.0), split
-           FROM live l JOIN query_ids q ON q.own_id = l.query_id JOIN passage_ids p ON p.own_id = l.passage_id
+           SELECT row, q.id, p.id, NULL, greatest(relevance, 0.0), split
+           FROM rows r JOIN query_ids q ON q.own_id = r.query_id JOIN passage_ids p ON p.own_id = r.passage_id
            WHERE kind = 'judgement'"""
+    )
+    connection.execute(
+        """CREATE TABLE judgements AS SELECT *, passage_id AS own_passage_id, negative_id AS own_negative_id
+           FROM stated WHERE row NOT IN (SELECT row FROM rejections)"""
     )
     connection.execute(
         """CREATE VIEW judged AS
@@ -245,10 +250,16 @@ def find_near_duplicates(connection: Connection, settings: NearDuplicateSettings
     connection.execute("CREATE TABLE passage_clusters AS SELECT * FROM found_clusters")
     connection.unregister("found_clusters")
     # All documents that a text was delivered with link it, not only the one it is listed under.
-    stands_for = "cluster_id" if settings.action == "merge" else "passage_id"
+    # A row that was dropped for its query says no less where its passage comes from.
     connection.execute(
-        f"""CREATE TABLE passage_documents AS SELECT DISTINCT {stands_for} AS passage_id, document_id
-            FROM mentions JOIN passage_clusters USING (passage_id) WHERE document_id IS NOT NULL"""
+        f"""CREATE VIEW stands_for AS
+            SELECT passage_id, {"cluster_id" if settings.action == "merge" else "passage_id"} AS standing_id
+            FROM passage_clusters"""
+    )
+    connection.execute(
+        """CREATE TABLE passage_documents AS SELECT DISTINCT standing_id AS passage_id, document_id
+           FROM rows JOIN passage_names ON hash = passage_hash JOIN stands_for ON stands_for.passage_id = id
+           WHERE document_id IS NOT NULL AND kind IN ('passage', 'pair', 'triplet')"""
     )
 
 

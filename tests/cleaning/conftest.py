@@ -28,6 +28,8 @@ from embed_pipeline.tables import (
     RAW_FILE,
     REJECTED,
     REJECTED_FILE,
+    WITHHELD,
+    WITHHELD_FILE,
     write,
 )
 
@@ -36,6 +38,7 @@ FILES = {
     QUERIES_FILE: QUERIES,
     PASSAGES_FILE: PASSAGES,
     QRELS_FILE: QRELS,
+    WITHHELD_FILE: WITHHELD,
     REJECTED_FILE: REJECTED,
     MERGED_FILE: MERGED,
 }
@@ -48,6 +51,7 @@ class Cleaned:
     queries: list[Row]
     passages: list[Row]
     qrels: list[Row]
+    withheld: list[Row]
     rejected: list[Row]
     merged: list[Row]
     report: CleaningReport
