@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from embed_pipeline.tables import PASSAGES, PASSAGES_FILE, QRELS, QRELS_FILE, QUERIES, QUERIES_FILE, write
+from embed_pipeline.tables import (
+    PASSAGES,
+    PASSAGES_FILE,
+    QRELS,
+    QRELS_FILE,
+    QUERIES,
+    QUERIES_FILE,
+    WITHHELD,
+    WITHHELD_FILE,
+    write,
+)
 
 
 class GivenEmbedder:
@@ -51,8 +61,9 @@ def write_cleaned(
     *,
     clusters: Sequence[int] | None = None,
     split: str = "train",
+    withheld: Sequence[tuple[str, str]] = (),
 ) -> Path:
-    """(id, text) rows of queries and passages, (query id, passage id, relevance) judgements."""
+    """(id, text) rows of queries and passages, (query id, passage id, relevance) judgements, withheld pairs of ids."""
     folder.mkdir(parents=True, exist_ok=True)
     count = len(passages)
     query_rows = {
@@ -73,4 +84,6 @@ def write_cleaned(
     write(pa.table(query_rows, schema=QUERIES), QUERIES, folder / QUERIES_FILE)
     write(pa.table(passage_rows, schema=PASSAGES), PASSAGES, folder / PASSAGES_FILE)
     write(pa.table(qrel_rows, schema=QRELS), QRELS, folder / QRELS_FILE)
+    pairs = [{"query_id": query_id, "passage_id": passage_id} for query_id, passage_id in withheld]
+    write(pa.Table.from_pylist(pairs, schema=WITHHELD), WITHHELD, folder / WITHHELD_FILE)
     return folder

@@ -82,7 +82,13 @@ def mine(
     judge = _Veto(collection, veto, settings, progress) if veto is not None else None
     selection = select(
         Candidates(
-            indices, scores, collection.query_ids, collection.clusters, collection.positives(), collection.negatives()
+            indices,
+            scores,
+            collection.query_ids,
+            collection.clusters,
+            collection.positives(),
+            collection.negatives(),
+            collection.withheld,
         ),
         settings,
         seed,

@@ -41,6 +41,7 @@ class Candidates:
     clusters: np.ndarray  # (m,) int64, near-duplicates share a number
     positives: tuple[np.ndarray, np.ndarray]  # (query rows, passage rows), ordered by query row, one at least for each
     given: tuple[np.ndarray, np.ndarray]  # the same, of what a person judged as not relevant
+    withheld: tuple[np.ndarray, np.ndarray]  # in any order: known as relevant, though no positive to learn from
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,11 @@ def select(
 ) -> Selection:
     """Choose up to `num_negatives` for each query: given ones first, then mined, then random.
 
-    Never taken: a positive of the query, or a passage in the near-duplicate cluster of one. Given negatives are a
-    person's judgement, so neither threshold, window nor veto applies to them; the hardest go first. Mined ones have a
-    rank (0-based, positives counted) in [range_min, top_k) and a score up to `thresholds`. Random ones come from
-    outside the retrieved top_k, since what is inside was passed over for a reason; a corpus too small gives fewer.
+    Never taken: a positive of the query, withheld ones too, or a passage in the near-duplicate cluster of one. Given
+    negatives are a person's judgement, so neither threshold, window nor veto applies to them; the hardest go first.
+    Mined ones have a rank (0-based, positives counted) in [range_min, top_k) and a score up to `thresholds`. Random
+    ones come from outside the retrieved top_k, since what is inside was passed over for a reason; a corpus too small
+    gives fewer.
 
     A query's negatives depend on its own candidates, the settings, and (seed, query_id): not on the order of the
     queries, on other queries, or on `queries_per_step`.
@@ -116,10 +118,12 @@ def select(
 
 
 class _Forbidden:
-    """Looks up whether (query, passage) pairs are positives, or near-duplicates of one."""
+    """Looks up whether (query, passage) pairs are positives (withheld ones are), or near-duplicates of one."""
 
     def __init__(self, candidates: Candidates) -> None:
-        query, passage = candidates.positives
+        query, passage = (
+            np.concatenate(columns) for columns in zip(candidates.positives, candidates.withheld, strict=True)
+        )
         self.clusters = candidates.clusters
         self.positives = np.unique(self.keys(query, passage))
         self.near = np.unique(self.keys(query, self.clusters[passage]))

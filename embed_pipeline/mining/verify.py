@@ -7,7 +7,7 @@ from pathlib import Path
 import duckdb
 
 from embed_pipeline.settings import MiningSettings
-from embed_pipeline.tables import HARD_NEGATIVES_FILE, PASSAGES_FILE, QRELS_FILE, QUERIES_FILE
+from embed_pipeline.tables import HARD_NEGATIVES_FILE, PASSAGES_FILE, QRELS_FILE, QUERIES_FILE, WITHHELD_FILE
 
 _NEGATIVES = """
 CREATE TEMP TABLE negative AS
@@ -17,13 +17,15 @@ FROM hard_negatives
 """
 _POSITIVES = "CREATE TEMP TABLE positive AS SELECT query_id, passage_id FROM qrels WHERE relevance > 0"
 
+_KNOWN = "CREATE TEMP TABLE known AS FROM positive UNION SELECT query_id, passage_id FROM withheld"
+
 _CHECKS = {
     "negative is a known positive of its query": """
-        SELECT query_id, passage_id FROM negative SEMI JOIN positive USING (query_id, passage_id)""",
+        SELECT query_id, passage_id FROM negative SEMI JOIN known USING (query_id, passage_id)""",
     "negative is a near-duplicate of a positive of its query": """
         SELECT DISTINCT n.query_id, n.passage_id FROM negative n
         JOIN passages np ON np.passage_id = n.passage_id
-        JOIN positive p ON p.query_id = n.query_id
+        JOIN known p ON p.query_id = n.query_id
         JOIN passages pp ON pp.passage_id = p.passage_id AND pp.cluster_id = np.cluster_id
         WHERE n.passage_id <> p.passage_id""",
     "negative is not in the corpus": """
@@ -59,6 +61,7 @@ def verify(folder: Path, cleaned: Path, settings: MiningSettings) -> list[str]:
         "passages": cleaned / PASSAGES_FILE,
         "queries": cleaned / QUERIES_FILE,
         "qrels": cleaned / QRELS_FILE,
+        "withheld": cleaned / WITHHELD_FILE,
     }
     limits = {"ratio": settings.max_score_ratio, "margin": settings.absolute_margin}
     violations = []
@@ -67,6 +70,7 @@ def verify(folder: Path, cleaned: Path, settings: MiningSettings) -> list[str]:
             connection.read_parquet(str(path)).create_view(name)
         connection.execute(_NEGATIVES)
         connection.execute(_POSITIVES)
+        connection.execute(_KNOWN)
         for what, check in _CHECKS.items():
             found = connection.execute(
                 f"SELECT count(*), any_value(query_id), any_value(passage_id) FROM ({check})",

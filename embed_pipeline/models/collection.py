@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embed_pipeline.errors import ArtifactError
-from embed_pipeline.tables import PASSAGES_FILE, QRELS_FILE, QUERIES_FILE, passage_text
+from embed_pipeline.tables import PASSAGES_FILE, QRELS_FILE, QUERIES_FILE, WITHHELD_FILE, passage_text
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Collection:
     judged_query: np.ndarray  # (j,) int64
     judged_passage: np.ndarray  # (j,) int64
     relevance: np.ndarray  # (j,) float64
+    withheld: tuple[np.ndarray, np.ndarray]  # (query rows, passage rows) known as relevant, but not among the judged
     without_positive: int  # queries of these splits left out because no passage is judged relevant
 
     def positives(self) -> tuple[np.ndarray, np.ndarray]:
@@ -72,6 +73,9 @@ def load_collection(cleaned: Path, splits: Sequence[str]) -> Collection:
             f"{cleaned / QRELS_FILE} judges passage '{unknown}', which {PASSAGES_FILE} does not hold: "
             "materialise cleaned_pairs again"
         )
+    withheld = _read(cleaned / WITHHELD_FILE)
+    withheld_query = pc.index_in(withheld["query_id"], queries["query_id"])
+    withheld_passage = pc.index_in(withheld["passage_id"], passages["passage_id"])
     query_rows = pc.index_in(qrels["query_id"], queries["query_id"]).to_numpy().astype(np.int64)
     relevance = qrels["relevance"].to_numpy()
     answered = np.zeros(len(queries), dtype=bool)
@@ -82,6 +86,11 @@ def load_collection(cleaned: Path, splits: Sequence[str]) -> Collection:
     passage_rows = passage_rows.to_numpy().astype(np.int64)[judged]
     order = np.lexsort((passage_rows, -relevance, query_rows))
     kept = queries.filter(pa.array(answered))
+    known = pc.and_(pc.is_valid(withheld_query), pc.is_valid(withheld_passage))
+    withheld_query, withheld_passage = (
+        column.filter(known).to_numpy().astype(np.int64) for column in (withheld_query, withheld_passage)
+    )
+    asked = answered[withheld_query]
     titles, texts = passages["title"].to_pylist(), passages["text"].to_pylist()
     return Collection(
         passage_ids=passages["passage_id"].to_numpy(),
@@ -92,11 +101,15 @@ def load_collection(cleaned: Path, splits: Sequence[str]) -> Collection:
         judged_query=query_rows[order],
         judged_passage=passage_rows[order],
         relevance=relevance[order],
+        withheld=(new_row[withheld_query[asked]], withheld_passage[asked]),
         without_positive=int(len(queries) - answered.sum()),
     )
 
 
 def _read(path: Path) -> pa.Table:
     if not path.is_file():
-        raise ArtifactError(f"no {path.name} in {path.parent}: expected the folder of a cleaned_pairs version")
+        raise ArtifactError(
+            f"no {path.name} in {path.parent}: expected the folder of a cleaned_pairs version. "
+            "Materialise cleaned_pairs again"
+        )
     return pq.read_table(path)

@@ -15,14 +15,15 @@ from embed_pipeline.errors import TrainingError
 def add_random(rows: Sequence[dict[str, Any]], passages: pa.Table, seed: int, each: int, mined: int) -> None:
     """Set every row's `random_ids`: `each` ids for every group that its positives and negatives give (see `turns`).
 
-    `passages` has the columns passage_id and cluster_id. Never drawn: a positive of the row, a near-duplicate of one, a
-    negative that the row has already. A row's passages depend on the seed and its query id alone, not on the other
-    rows. A corpus too small gives fewer; raises TrainingError when it gives none.
+    `passages` has the columns passage_id and cluster_id. Never drawn: one of the row's `known_ids` (its positives,
+    withheld ones too), a near-duplicate of one, a negative that the row has already. A row's passages depend on the
+    seed and its query id alone, not on the other rows. A corpus too small gives fewer; raises TrainingError when it
+    gives none.
     """
     ids, clusters = passages["passage_id"].to_pylist(), passages["cluster_id"].to_pylist()
     cluster_of = dict(zip(ids, clusters, strict=True))
     for row in rows:
-        near = {cluster_of.get(id) for id in row["positive_ids"]}
+        near = {cluster_of.get(id) for id in row["known_ids"]}
         wanted = each * turns(len(row["positive_ids"]), len(row["negative_ids"]), mined)
         generator = random.Random(f"{seed}:{row['query_id']}")
         row["random_ids"] = _draw(generator, wanted, ids, clusters, set(row["negative_ids"]), near)

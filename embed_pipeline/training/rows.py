@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.settings import RerankerSettings
-from embed_pipeline.tables import HARD_NEGATIVES_FILE, PASSAGES_FILE, QUERIES_FILE, passage_text
+from embed_pipeline.tables import HARD_NEGATIVES_FILE, PASSAGES_FILE, QUERIES_FILE, WITHHELD_FILE, passage_text
 from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.random_negatives import add_random, turns
 
@@ -28,7 +29,8 @@ class TrainingQuery:
 def read_training_queries(job: TrainingJob) -> list[TrainingQuery]:
     """The job's train queries in the order of their ids; a seeded sample of them if `train_queries` asks for one.
 
-    A query without any negative gets random passages that are no positive of it, nor a near-duplicate of one.
+    A query without any negative gets random passages that are no positive of it (withheld ones count as positives),
+    nor a near-duplicate of one.
     Raises TrainingError when a table is missing or there is no query to train on.
     """
     rows = sorted(read_table(job.hard_negatives / HARD_NEGATIVES_FILE).to_pylist(), key=lambda row: row["query_id"])
@@ -44,6 +46,8 @@ def read_training_queries(job: TrainingJob) -> list[TrainingQuery]:
         rows = [rows[i] for i in np.sort(chosen)]
     random_needed = job.settings.random_negatives if isinstance(job.settings, RerankerSettings) else 0
     negatives_needed = job.settings.train_group_size - 1 - random_needed
+    if job.settings.train_group_size > 1:
+        _add_known(rows, job.cleaned_pairs)
     if negatives_needed:
         _fill_empty(rows, job, negatives_needed)
     if random_needed:
@@ -132,6 +136,15 @@ def read_queries(cleaned_pairs: Path, ids: set[str]) -> dict[str, str]:
     return {id: texts[id] for id in ids}
 
 
+def _add_known(rows: list[dict[str, list[str]]], cleaned_pairs: Path) -> None:
+    """Set every row's `known_ids`: its positives, and the passages withheld from it. None of them may be a negative."""
+    withheld: dict[str, list[str]] = defaultdict(list)
+    for pair in read_table(cleaned_pairs / WITHHELD_FILE).to_pylist():
+        withheld[pair["query_id"]].append(pair["passage_id"])
+    for row in rows:
+        row["known_ids"] = [*row["positive_ids"], *withheld.get(str(row["query_id"]), ())]
+
+
 def _fill_empty(rows: list[dict[str, list[str]]], job: TrainingJob, count: int) -> None:
     empty = [row for row in rows if not row["negative_ids"]]
     if not empty:
@@ -141,7 +154,7 @@ def _fill_empty(rows: list[dict[str, list[str]]], job: TrainingJob, count: int) 
     cluster_of = dict(zip(passage_ids, clusters, strict=True))
     generator = np.random.default_rng([job.seed, 1])
     for row in empty:
-        refused = {cluster_of.get(id) for id in row["positive_ids"]}
+        refused = {cluster_of.get(id) for id in row["known_ids"]}
         drawn = generator.permutation(len(passage_ids))[: count + _members(clusters, refused)]
         row["negative_ids"] = [passage_ids[i] for i in drawn if clusters[i] not in refused][:count]
         if not row["negative_ids"]:

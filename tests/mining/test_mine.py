@@ -70,6 +70,34 @@ def test_one_query_in_full(scene: tuple[Path, GivenEmbedder, Path]) -> None:
     assert "<svg" in score_histogram(report.scores)
 
 
+def test_withheld_pairs_are_no_negatives_and_no_positives(
+    scene: tuple[Path, GivenEmbedder, Path], tmp_path: Path
+) -> None:
+    _, embedder, out = scene
+    # id4 is withheld, id6 a near-duplicate of it; the other query has no positive, so nothing is mined for it.
+    cleaned = write_cleaned(
+        tmp_path / "withheld",
+        [("b", "q0"), ("a", "q0")],
+        [(f"id{i}", f"p{i}") for i in range(len(COSINES))],
+        [("a", "id0", 1.0), ("b", "id5", 0.0)],
+        clusters=[0, 1, 2, 0, 4, 5, 4, 7],
+        withheld=[("b", "id1"), ("a", "id4"), ("of another split", "id7")],
+    )
+    settings = MiningSettings(num_negatives=8)
+    mine(cleaned, embedder, settings, 0, out, progress=False)
+    [row] = pq.read_table(out / HARD_NEGATIVES_FILE).to_pylist()
+    assert (row["positive_ids"], row["negative_ids"]) == (["id0"], ["id5", "id7"])
+    reasons = {r["passage_id"]: r["reason"] for r in pq.read_table(out / REFUSED_FILE).to_pylist()}
+    assert (reasons["id4"], reasons["id6"]) == ("known_positive", "near_duplicate_of_positive")
+    assert verify(out, cleaned, settings) == []
+    row |= {"negative_ids": ["id4", "id6"], "negative_scores": [0.6, 0.4], "negative_origins": ["mined", "random"]}
+    pq.write_table(pa.Table.from_pylist([row], schema=HARD_NEGATIVES), out / HARD_NEGATIVES_FILE)
+    assert [violation.split(":")[0] for violation in verify(out, cleaned, settings)] == [
+        "negative is a known positive of its query",
+        "negative is a near-duplicate of a positive of its query",
+    ]
+
+
 def test_veto_replaces_what_it_refuses(scene: tuple[Path, GivenEmbedder, Path]) -> None:
     cleaned, embedder, out = scene
     reranker = GivenReranker(lambda _, passage: {"p0": 1.0, "p4": 1.1, "p6": 0.5}.get(passage, -9.0))

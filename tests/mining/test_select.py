@@ -27,14 +27,15 @@ class Case:
         self.queries, self.passages = few[draw.integers(0, 6, queries)], few[draw.integers(0, 6, passages)]
         self.query_ids = np.array([f"q{i}" for i in range(queries)], dtype=object)
         self.clusters = draw.integers(0, passages, passages)
-        grade = draw.choice([-1, 0, 1], p=[0.7, 0.15, 0.15], size=(queries, passages))
+        # 2: withheld
+        grade = draw.choice([-1, 0, 1, 2], p=[0.6, 0.15, 0.15, 0.1], size=(queries, passages))
         grade[np.arange(queries), draw.integers(0, passages, queries)] = 1
         self.grade = grade
 
     def candidates(self, rows: np.ndarray) -> Candidates:
         indices, scores = search(self.queries[rows], self.passages, self.mining.top_k)
-        positives, given_ = np.nonzero(self.grade[rows] == 1), np.nonzero(self.grade[rows] == 0)
-        return Candidates(indices, scores, self.query_ids[rows], self.clusters, positives, given_)
+        positives, given_, withheld = (np.nonzero(self.grade[rows] == grade) for grade in (1, 0, 2))
+        return Candidates(indices, scores, self.query_ids[rows], self.clusters, positives, given_, withheld)
 
     def scores(self, rows: np.ndarray, query: np.ndarray, passage: np.ndarray) -> np.ndarray:
         return (self.queries[rows][query].astype(float) * self.passages[passage]).sum(1).astype(np.float32)
@@ -86,9 +87,10 @@ def test_promises(case: Case, veto: bool) -> None:
     taken = rows_of(selection)
     for query, rows in taken.items():
         positives = np.flatnonzero(case.grade[query] == 1)
-        near = set(case.clusters[positives].tolist())
+        known = np.flatnonzero(case.grade[query] > 0)
+        near = set(case.clusters[known].tolist())
         passages = [passage for passage, _, _ in rows]
-        assert not set(passages) & set(positives.tolist())
+        assert not set(passages) & set(known.tolist())
         assert not near & {int(case.clusters[passage]) for passage in passages}
         assert len(set(passages)) == len(passages) <= case.mining.num_negatives
         assert [origin for _, origin, _ in rows] == sorted(origin for _, origin, _ in rows)
@@ -118,7 +120,7 @@ def test_nobody_goes_short_without_need(case: Case, veto: bool) -> None:
         rows = taken.get(query, [])
         if len(rows) == case.mining.num_negatives:
             continue
-        near = set(case.clusters[case.grade[query] == 1].tolist())
+        near = set(case.clusters[case.grade[query] > 0].tolist())
         indices = case.candidates(np.arange(len(case.query_ids))).indices[query]
         free = set(range(len(case.passages))) - set(indices.tolist()) - {passage for passage, _, _ in rows}
         free = {passage for passage in free if case.clusters[passage] not in near}
@@ -163,7 +165,7 @@ def test_refused_are_bounded_and_reasoned(case: Case, veto: bool) -> None:
         key = (int(query), int(passage))
         assert key not in mined
         assert ranks[key] == rank >= case.mining.range_min
-        assert (REASONS[reason] == "known_positive") == (case.grade[key] == 1)
+        assert (REASONS[reason] == "known_positive") == (case.grade[key] > 0)
         own = int((selection.query == query).sum() - ((selection.query == query) & (selection.origin == RANDOM)).sum())
         if own == case.mining.num_negatives:
             assert rank < max(ranks[other] for other in mined if other[0] == query)
@@ -186,6 +188,7 @@ def test_random_sampling_differs_by_seed_and_covers_the_window() -> None:
         np.array([f"q{i}" for i in range(count)], dtype=object),
         np.arange(30),
         (np.arange(count), np.zeros(count, dtype=np.int64)),
+        (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)),
         (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)),
     )
     mining = MiningSettings(top_k=top_k, num_negatives=5, sampling="random", max_score_ratio=None)

@@ -62,6 +62,7 @@ def write_problem(folder: Path) -> Problem:
         {"query_id": [q for q, _ in judged], "passage_id": [p for _, p in judged], "relevance": [1.0] * len(judged)}
     )
     tables.write(table, tables.QRELS, folder / tables.QRELS_FILE)
+    tables.write(tables.WITHHELD.empty_table(), tables.WITHHELD, folder / tables.WITHHELD_FILE)
     _write_negatives(folder, generator)
     _write_candidates(folder, generator)
     return Problem(folder, folder, folder / tables.CANDIDATES_FILE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,6 +55,27 @@ def test_random_negatives_are_no_near_duplicates_of_a_positive(job_of: Jobs, tmp
     job = job_of("embedder", tmp_path).model_copy(update={"cleaned_pairs": tmp_path})
     first = read_training_queries(job)[0]  # q0, the one without negatives
     assert first.negatives == (next(row["text"] for row in passages if row["passage_id"] == "p7"),)
+
+
+@pytest.mark.parametrize("kind", ["embedder", "reranker"])
+def test_withheld_passages_are_no_random_negatives(
+    job_of: Jobs, tmp_path: Path, problem: Problem, kind: Literal["embedder", "reranker"]
+) -> None:
+    for file in problem.cleaned_pairs.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    passages = pq.read_table(problem.cleaned_pairs / tables.PASSAGES_FILE).to_pylist()
+    left = {"p7", "p8"}
+    pairs = [{"query_id": "q0", "passage_id": row["passage_id"]} for row in passages if row["passage_id"] not in left]
+    (tmp_path / tables.WITHHELD_FILE).unlink()
+    tables.write(pa.Table.from_pylist(pairs, tables.WITHHELD), tables.WITHHELD, tmp_path / tables.WITHHELD_FILE)
+    more = {"random_negatives": 1, "train_group_size": 2} if kind == "reranker" else {"train_group_size": 3}
+    job = job_of(kind, tmp_path, **more).model_copy(update={"cleaned_pairs": tmp_path})
+    first, second = read_training_queries(job)[:2]  # q0 has no negatives of its own
+    drawn = {*first.negatives, *first.random}
+    assert drawn
+    assert drawn <= {row["text"] for row in passages if row["passage_id"] in left}
+    assert len(first.positives) == 1
+    assert second.negatives
 
 
 def test_random_negatives_stand_beside_mined_ones_in_every_group() -> None:
