@@ -10,7 +10,7 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Engine = Literal["sentence-transformers", "flag-embedding"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -21,6 +21,21 @@ EmbedderLoss = Literal["MultipleNegativesRankingLoss", "CachedMultipleNegativesR
 RerankerLoss = Literal[
     "BinaryCrossEntropyLoss", "ListNetLoss", "LambdaLoss", "ListMLELoss", "PListMLELoss", "RankNetLoss", "ADRMSELoss"
 ]
+
+_CONTRASTIVE = ("directions", "partition_mode", "hardness_mode", "hardness_strength")
+_PAIRWISE = ("k", "sigma", "eps", "reduction_log", "mini_batch_size")
+# What `loss_arguments` may hold: the library's own names, without those that our other settings decide.
+LOSS_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "MultipleNegativesRankingLoss": _CONTRASTIVE,
+    "CachedMultipleNegativesRankingLoss": (*_CONTRASTIVE, "mini_batch_num_tokens"),
+    "BinaryCrossEntropyLoss": ("pos_weight",),
+    "ListNetLoss": ("mini_batch_size",),
+    "LambdaLoss": _PAIRWISE,
+    "ListMLELoss": ("mini_batch_size", "respect_input_order"),
+    "PListMLELoss": ("mini_batch_size", "respect_input_order"),
+    "RankNetLoss": _PAIRWISE,
+    "ADRMSELoss": ("alpha", "mini_batch_size"),
+}
 
 
 class Settings(BaseModel):
@@ -98,7 +113,21 @@ class EncodingSettings(Settings):
     pooling: Literal["cls", "mean", "lasttoken"] | None = Field(
         None, validation_alias=AliasChoices("pooling", "sentence_pooling_method")
     )
-    normalize: bool | None = Field(None, validation_alias=AliasChoices("normalize", "normalize_embeddings"))
+    normalize: Literal[True] | None = Field(
+        None,
+        validation_alias=AliasChoices("normalize", "normalize_embeddings"),
+        description="always true: every model is trained and searched by cosine similarity",
+    )
+
+    @field_validator("normalize", mode="before")
+    @classmethod
+    def _by_cosine(cls, given: Any) -> Any:
+        if given is False:
+            raise ValueError(
+                "normalize: false is not possible: mining, training and evaluation rank by cosine similarity, so "
+                "embeddings are always normalised. Leave it out"
+            )
+        return given
 
 
 # ---------------------------------------------------------------------------------------------- sources
@@ -295,6 +324,18 @@ class TrainingSettings(Settings):
                 raise ValueError(f"`{key}` belongs to engine sentence-transformers; flag-embedding has one loss only")
         return self
 
+    @model_validator(mode="after")
+    def _arguments_of_the_loss(self) -> TrainingSettings:
+        loss, given = getattr(self, "loss", None), getattr(self, "loss_arguments", {})
+        if given and loss is not None:
+            if getattr(self, "sub_batch_size", None) is not None:
+                loss = f"Cached{loss.removeprefix('Cached')}"
+            unknown = sorted(set(given) - set(LOSS_ARGUMENTS[loss]))
+            if unknown:
+                allowed = ", ".join(LOSS_ARGUMENTS[loss])
+                raise ValueError(f"loss_arguments: {loss} takes no {', '.join(unknown)}. Allowed: {allowed}")
+        return self
+
 
 class EmbedderSettings(TrainingSettings):
     base_model: ModelSource
@@ -315,8 +356,13 @@ class RerankerSettings(TrainingSettings):
     base_model: ModelSource | Literal["embedder"] = Field(
         description="a cross-encoder, any encoder (a fresh head is added), or the fine-tuned embedder's own weights"
     )
-    query_max_length: int = Field(128, ge=4, description="a pair may have query_max_length + passage_max_length tokens")
-    passage_max_length: int = Field(384, ge=4)
+    query_max_length: int = Field(
+        128,
+        ge=4,
+        validation_alias=AliasChoices("query_max_length", "query_max_len"),
+        description="a pair may have query_max_length + passage_max_length tokens",
+    )
+    passage_max_length: int = Field(384, ge=4, validation_alias=AliasChoices("passage_max_length", "passage_max_len"))
     train_group_size: int = Field(
         5, ge=2, description="passages per query in a batch: one positive and train_group_size - 1 negatives"
     )
@@ -338,8 +384,9 @@ class RerankerSettings(TrainingSettings):
         "auto",
         description="share of the embedder's score in the final ranking; auto: chosen on dev, 0 = reranker alone",
     )
-    dev_queries: int = Field(200, ge=1)
-    dev_top_k: int = Field(30, ge=2, description="candidates reranked per dev query")
+    dev_queries: int = Field(
+        200, ge=1, description="of each, evaluation.rerank_top_k candidates are reranked at every evaluation"
+    )
 
     @model_validator(mode="after")
     def _enough_negatives(self) -> RerankerSettings:
@@ -352,8 +399,8 @@ class RerankerSettings(TrainingSettings):
         if hard > self.num_negatives:
             raise ValueError(
                 f"a group takes {hard} mined negatives (train_group_size {self.train_group_size} - 1 - "
-                f"random_negatives {self.random_negatives}), but num_negatives is {self.num_negatives}: they would repeat. "
-                "Raise num_negatives or random_negatives, or lower train_group_size"
+                f"random_negatives {self.random_negatives}), but num_negatives is {self.num_negatives}: they would "
+                "repeat. Raise num_negatives or random_negatives, or lower train_group_size"
             )
         return self
 
@@ -362,7 +409,12 @@ class RerankerSettings(TrainingSettings):
 
 
 class EvaluationSettings(Settings):
-    rerank_top_k: int = Field(100, ge=1, description="passages of the embedder's ranking that a reranker reorders")
+    rerank_top_k: int = Field(
+        100,
+        ge=1,
+        description="passages of the embedder's ranking that a reranker reorders, on dev while it is trained as well: "
+        "the embedder's share in the final score is chosen for as many as it will be used on",
+    )
     rerank_queries: int | None = Field(
         None, ge=1, description="rerank a seeded sample of the test queries; all if unset"
     )

@@ -36,8 +36,6 @@ from embed_pipeline.evaluation.results import (
 from embed_pipeline.evaluation.systems import (
     DEPTH,
     Ranking,
-    has_trained_head,
-    pair_length,
     rank_with_embedder,
     read_serving,
     reordered,
@@ -48,9 +46,11 @@ from embed_pipeline.mining.report import ScoreSummary, excerpt, score_summary
 from embed_pipeline.mining.retrieve import sample_rows
 from embed_pipeline.models.collection import Collection, load_collection
 from embed_pipeline.models.embedder import Embedder
+from embed_pipeline.models.folder import has_trained_head
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.settings import EncodingSettings, EvaluationSettings, Precision
 from embed_pipeline.tables import PER_QUERY, PER_QUERY_FILE, RANKINGS, RANKINGS_FILE, write
+from embed_pipeline.training.job import MODEL_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,9 @@ class ComparedModels:
     base_reranker: Path | None = None  # model folder; an encoder without a head gets the one training began with
     base_reranker_max_length: int = 512  # tokens of a pair
     reranker: Path | None = None  # folder of a version: `model/` and `serving.json`
-    trust_remote_code: bool = False
+    # Whether Python code that comes with a model may run: of the base it holds for the fine-tuned one as well.
+    trust_embedder_code: bool = False
+    trust_reranker_code: bool = False
 
 
 def evaluate(
@@ -124,7 +126,7 @@ def _check_folders(models: ComparedModels) -> None:
         "base embedder": models.base_embedder,
         "fine-tuned embedder": models.embedder,
         "base reranker": models.base_reranker,
-        "fine-tuned reranker": models.reranker / "model" if models.reranker else None,
+        "fine-tuned reranker": models.reranker / MODEL_FOLDER if models.reranker else None,
     }
     for what, folder in wanted.items():
         if folder is not None and not (folder / "config.json").is_file():
@@ -172,7 +174,7 @@ class _Ranked:
                 folder,
                 encoding,
                 precision=self.precision,
-                trust_remote_code=self.models.trust_remote_code,
+                trust_remote_code=self.models.trust_embedder_code,
                 cache_folder=self.cache_folder,
             )
             embedded = rank_with_embedder(self.collection, embedder, self.depth, progress=self.progress)
@@ -186,12 +188,12 @@ class _Ranked:
         candidates = self.rankings[EMBEDDER].of_rows(self.sampled)
         if self.models.base_reranker is not None:
             torch.manual_seed(self.seed)  # the head that training began with, where the base has none
-            length = pair_length(self.models.base_reranker, self.models.base_reranker_max_length)
+            length = self.models.base_reranker_max_length
             logits = self._rerank(BASE_RERANKER, candidates, self.models.base_reranker, length)
             self.rankings[BASE_RERANKER] = reordered(candidates, logits, 0.0)
         if self.models.reranker is not None:
             self.embedder_weight, self.dev_by_weight = read_serving(self.models.reranker)
-            logits = self._rerank(RERANKER, candidates, self.models.reranker / "model", None)
+            logits = self._rerank(RERANKER, candidates, self.models.reranker / MODEL_FOLDER, None)
             self.rankings[RERANKER] = reordered(candidates, logits, self.embedder_weight)
             if self.embedder_weight > 0:
                 self.rankings[RERANKER_ALONE] = reordered(candidates, logits, 0.0)
@@ -200,7 +202,7 @@ class _Ranked:
         top_k = self.settings.rerank_top_k
         logger.info("%s: scoring %d passages for each of %d queries", system, top_k, len(self.sampled))
         reranker = Reranker(
-            folder, max_length=max_length, precision=self.precision, trust_remote_code=self.models.trust_remote_code
+            folder, max_length=max_length, precision=self.precision, trust_remote_code=self.models.trust_reranker_code
         )
         logits, seconds = rerank(self.collection, candidates, top_k, reranker, progress=self.progress)
         self.milliseconds[system] = seconds * 1_000 / len(self.sampled)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from embed_pipeline.models.precision import autocast
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.models.search import pair_scores, search
 from embed_pipeline.tables import RANKINGS
+from embed_pipeline.training.job import SERVING_FILE
 
 DEPTH = 100
 """Passages of a ranking that are kept and measured: the deepest metrics end here."""
@@ -135,9 +135,9 @@ def reordered(ranking: Ranking, logits: np.ndarray, embedder_weight: float) -> R
 
 def read_serving(reranker: Path) -> tuple[float, dict[str, float]]:
     """The embedder's share in the final score, and dev nDCG@10 by share where the training tried several."""
-    path = reranker / "serving.json"
+    path = reranker / SERVING_FILE
     if not path.is_file():
-        raise ArtifactError(f"no serving.json in {reranker}: expected the folder of a reranker version")
+        raise ArtifactError(f"no {SERVING_FILE} in {reranker}: expected the folder of a reranker version")
     serving = json.loads(path.read_text())
     weight = serving.get("embedder_weight")
     if not isinstance(weight, int | float) or not 0.0 <= weight <= 1.0:
@@ -145,22 +145,6 @@ def read_serving(reranker: Path) -> tuple[float, dict[str, float]]:
             f"{path}: expected `embedder_weight` from 0 to 1, found {weight!r}. Train the reranker again"
         )
     return float(weight), serving.get("dev_ndcg_at_10_by_weight", {})
-
-
-def has_trained_head(folder: Path) -> bool:
-    """Whether a model folder is a cross-encoder already, rather than an encoder that would get a fresh head."""
-    config = json.loads((folder / "config.json").read_text())
-    architectures: Sequence[str] = config.get("architectures") or ()
-    if any(name.endswith("ForSequenceClassification") for name in architectures):
-        return True
-    modules = folder / "modules.json"
-    return modules.is_file() and "cross_encoder" in modules.read_text()
-
-
-def pair_length(folder: Path, wanted: int) -> int:
-    """Tokens a pair may have: what is wanted, as far as the model has positions for it."""
-    limit = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
-    return min(wanted, limit) if limit else wanted
 
 
 def _is_positive(collection: Collection, indices: np.ndarray) -> np.ndarray:

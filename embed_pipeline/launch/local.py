@@ -86,9 +86,11 @@ def failure_cause(error_file: Path, return_code: int) -> str:
 
 def _recorded_error(error_file: Path) -> tuple[str | None, str]:
     """(exception, traceback) as torch.distributed.elastic's `record` writes them, (None, "") when it did not."""
-    if not error_file.is_file():
+    try:
+        recorded = json.loads(error_file.read_text())["message"]
+    except (OSError, ValueError, KeyError, TypeError):
+        # Not there, or cut short with the rank that wrote it: the exit code is what is left to tell.
         return None, ""
-    recorded = json.loads(error_file.read_text()).get("message")
     if isinstance(recorded, dict):
         return recorded.get("message"), recorded.get("extraInfo", {}).get("py_callstack", "")
     return recorded, ""

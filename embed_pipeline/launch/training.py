@@ -19,13 +19,14 @@ def launch_training(
     env: Mapping[str, str] | None = None,
     on_poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run `job`, written at `job_file`, to its end; rank 0 joins the MLflow run `tracked`.
+    """Run `job`, written at `job_file`, to its end; rank 0 joins the MLflow run `tracked`, and no run without it.
 
     Raises TrainingError with the first failing rank's cause.
     """
     run_local(
         torchrun_command(job.entry_point, job_file, job.world_size),
-        env={**(env or {}), **(tracked.environment if tracked else {})},
+        # An MLflow run of the user's own, named in our environment, is none of the training's business.
+        env={"MLFLOW_RUN_ID": "", **(env or {}), **(tracked.environment if tracked else {})},
         error_file=job_file.with_name("error.json"),
         on_poll=on_poll,
     )

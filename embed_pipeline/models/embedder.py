@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,13 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
+from embed_pipeline.errors import ModelError
+from embed_pipeline.models.folder import usable_length
 from embed_pipeline.models.precision import ResolvedPrecision, autocast, default_device, resolve_precision
 from embed_pipeline.models.source import weights_digest
 from embed_pipeline.settings import EncodingSettings, Precision
+
+logger = logging.getLogger(__name__)
 
 PASSAGE_PROMPT_NAMES = ("document", "passage", "corpus")
 
@@ -28,10 +35,12 @@ def load_sentence_transformer(
 ) -> SentenceTransformer:
     """Load a model folder and lay `encoding` over what the folder itself says.
 
-    Prompts, pooling, normalisation and both maximum lengths are set on the model, so saving it saves them, and any
-    later load without `encoding` encodes the same way.
+    Prompts, pooling and both maximum lengths are set on the model, and it ends by normalising, so saving it saves all
+    of this, and any later load without `encoding` encodes the same way. Raises ModelError when more tokens are asked
+    for than the model can take.
     """
     encoding = encoding or EncodingSettings()
+    _check_lengths(folder, encoding)
     model = SentenceTransformer(
         str(folder), device=device or default_device(), trust_remote_code=trust_remote_code, local_files_only=True
     )
@@ -43,8 +52,9 @@ def load_sentence_transformer(
         model.prompts["document"] = encoding.passage_prompt
     if encoding.pooling is not None:
         _set_pooling(model, encoding.pooling)
-    if encoding.normalize is not None:
-        _set_normalize(model, encoding.normalize)
+    # Everything here ranks by cosine, so that is what a model is trained for, and what its folder has to say.
+    if not any(isinstance(module, Normalize) for module in model):
+        model.append(Normalize())
     transformer: Any = model[0]  # its text lengths are not among the attributes that nn.Module declares
     if encoding.query_max_length is not None:
         transformer.query_length = encoding.query_max_length
@@ -52,8 +62,7 @@ def load_sentence_transformer(
         transformer.document_length = encoding.passage_max_length
     if encoding.query_max_length is not None or encoding.passage_max_length is not None:
         # max_seq_length is what a user sees who encodes without saying whether it is a query.
-        longest = max(encoding.query_max_length or 0, encoding.passage_max_length or 0)
-        model.max_seq_length = min(longest, _position_limit(model) or longest)
+        model.max_seq_length = max(encoding.query_max_length or 0, encoding.passage_max_length or 0)
     return model
 
 
@@ -70,7 +79,7 @@ def encoding_of(model: SentenceTransformer) -> EncodingSettings:
         query_max_length=getattr(transformer, "query_length", None) or model.max_seq_length,
         passage_max_length=getattr(transformer, "document_length", None) or model.max_seq_length,
         pooling=pooling,
-        normalize=any(isinstance(module, Normalize) for module in model),
+        normalize=True,
     )
 
 
@@ -125,6 +134,14 @@ class Embedder:
         cached = self._cache_file(texts, task) if self.cache_folder is not None else None
         if cached is not None and cached.is_file():
             return np.load(cached)
+        logger.info(
+            "encoding %d %s in %s on %s",
+            len(texts),
+            "queries" if task == "query" else "passages",
+            self.precision,
+            self.device,
+        )
+        started = time.monotonic()
         encode = self.model.encode_query if task == "query" else self.model.encode_document
         with autocast(self.precision, self.device):
             # SentenceTransformer.encode sorts by length itself, so short texts are not padded to long ones.
@@ -132,6 +149,8 @@ class Embedder:
                 list(texts), batch_size=self.batch_size, show_progress_bar=progress, normalize_embeddings=True
             )
         matrix = np.ascontiguousarray(embeddings, dtype=np.float32)
+        seconds = time.monotonic() - started
+        logger.info("encoded in %.1f s, %.0f texts a second", seconds, len(texts) / max(seconds, 1e-9))
         if cached is not None:
             cached.parent.mkdir(parents=True, exist_ok=True)
             partial = cached.with_suffix(f".{os.getpid()}.partial")
@@ -143,7 +162,10 @@ class Embedder:
     def _cache_file(self, texts: Sequence[str], task: str) -> Path:
         assert self.cache_folder is not None
         if self._digest is None:
-            told = f"{weights_digest(self.folder)}{self.encoding.model_dump_json()}{self.precision}"
+            versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "sentence-transformers")]
+            told = (
+                f"{weights_digest(self.folder)}{self.encoding.model_dump_json()}{self.precision}{self.device}{versions}"
+            )
             self._digest = hashlib.sha256(told.encode()).hexdigest()[:16]
         digest = hashlib.sha256(task.encode())
         for text in texts:
@@ -161,15 +183,12 @@ def _set_pooling(model: SentenceTransformer, pooling: str) -> None:
     raise ValueError("the base model has no pooling module to change")
 
 
-def _set_normalize(model: SentenceTransformer, wanted: bool) -> None:
-    present = [name for name, module in model.named_children() if isinstance(module, Normalize)]
-    if wanted and not present:
-        model.append(Normalize())
-    elif not wanted:
-        for name in present:
-            del model._modules[name]
-
-
-def _position_limit(model: SentenceTransformer) -> int | None:
-    config = getattr(getattr(model[0], "auto_model", None), "config", None)
-    return getattr(config, "max_position_embeddings", None)
+def _check_lengths(folder: Path, encoding: EncodingSettings) -> None:
+    limit = usable_length(folder)
+    for key in ("query_max_length", "passage_max_length"):
+        asked = getattr(encoding, key)
+        if limit is not None and asked is not None and asked > limit:
+            raise ModelError(
+                f"encoding.{key} asks for {asked} tokens, but the model in {folder} can take {limit}. Lower it to "
+                f"{limit} or less, or choose a base model that takes longer texts"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
 
+from embed_pipeline.models.folder import usable_length
 from embed_pipeline.models.precision import ResolvedPrecision, autocast, default_device, resolve_precision
 from embed_pipeline.settings import Precision
+
+logger = logging.getLogger(__name__)
 
 
 class Reranker:
@@ -29,6 +33,12 @@ class Reranker:
         self.device = device or default_device()
         self.precision = resolve_precision(precision, self.device)
         self.batch_size = batch_size
+        limit = usable_length(folder)
+        if max_length is not None and limit is not None and max_length > limit:
+            logger.warning(
+                "pairs are cut to %d tokens, not %d: the model in %s takes no more", limit, max_length, folder
+            )
+            max_length = limit
         self.model = CrossEncoder(
             str(folder),
             num_labels=1,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from sentence_transformers import CrossEncoder
 
+from embed_pipeline.models.folder import has_trained_head, pair_length
 from embed_pipeline.training.job import RerankerJob
 from embed_pipeline.training.modules import set_up_for_training
+
+logger = logging.getLogger(__name__)
 
 
 def load_cross_encoder(job: RerankerJob, device: str) -> CrossEncoder:
@@ -14,6 +19,14 @@ def load_cross_encoder(job: RerankerJob, device: str) -> CrossEncoder:
 
     The saved model gives logits, not probabilities: what FlagReranker gives, and what listwise losses train.
     """
+    if not has_trained_head(job.base_model) and not job.settings.random_negatives:
+        logger.warning(
+            "%s has no trained head and every negative is a hard one: a fresh head learns little from them. Consider "
+            "reranker.random_negatives: %d",
+            job.base_model,
+            max(1, (job.settings.train_group_size - 1) // 2),
+        )
+    max_length = pair_length(job.base_model, job.settings)
     torch.manual_seed(job.seed)
     model = CrossEncoder(
         str(job.base_model),
@@ -24,12 +37,5 @@ def load_cross_encoder(job: RerankerJob, device: str) -> CrossEncoder:
         local_files_only=True,
     )
     set_up_for_training(model, job.settings, device)
-    model.max_seq_length = pair_length(job, model)
+    model.max_seq_length = max_length
     return model
-
-
-def pair_length(job: RerankerJob, model: CrossEncoder) -> int:
-    """Tokens of query, passage and special tokens together, as far as the model has positions for them."""
-    wanted = job.settings.query_max_length + job.settings.passage_max_length
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return min(wanted, limit) if limit else wanted

@@ -80,11 +80,8 @@ class RerankerDevSet:
 
     @classmethod
     def read(cls, job: RerankerJob) -> RerankerDevSet | None:
-        """The best `dev_top_k` candidates of at most `dev_queries` queries, seeded; None when there are none."""
-        table = read_table(job.dev_candidates)
-        table = table.filter(pc.less(table["rank"], job.settings.dev_top_k)).sort_by(
-            [("query_id", "ascending"), ("rank", "ascending")]
-        )
+        """The candidates of at most `dev_queries` queries, seeded; None when there are none."""
+        table = read_table(job.dev_candidates).sort_by([("query_id", "ascending"), ("rank", "ascending")])
         retrieved: dict[str, list[str]] = defaultdict(list)
         scores: dict[str, list[float]] = defaultdict(list)
         for row in table.select(["query_id", "passage_id", "score"]).to_pylist():

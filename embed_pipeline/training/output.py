@@ -30,6 +30,7 @@ class Summary:
     dev_queries: int
     dev_ndcg_at_10_before: float | None
     dev_ndcg_at_10: float | None  # of the weights that were kept
+    better_on_dev: bool | None  # than before the training; if not, the base model is the better one
     best_step: int | None
     train_seconds: float  # without loading, with the evaluations
     steps_per_second: float
@@ -72,8 +73,8 @@ scores = model.similarity(model.encode_query(queries), model.encode_document(pas
 ```python
 from FlagEmbedding import FlagModel
 model = FlagModel("path/to/this/folder", {instruction}pooling_method={encoding.pooling!r}, \
-normalize_embeddings={encoding.normalize}, query_max_length={encoding.query_max_length}, \
-passage_max_length={encoding.passage_max_length})
+normalize_embeddings=True, query_max_length={encoding.query_max_length}, \
+passage_max_length={encoding.passage_max_length}, use_fp16=False)
 scores = model.encode_queries(queries) @ model.encode_corpus(passages).T
 ```
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from embed_pipeline.training.process import start_rank, wait_for_all
 from embed_pipeline.training.reporting import open_reporter
 from embed_pipeline.training.rows import read_training_queries
 from embed_pipeline.training.run import remove_work_folder, train, work_folder
+
+logger = logging.getLogger(__name__)
 
 
 @record
@@ -54,6 +57,8 @@ def _embedder_weight(job: RerankerJob, by_weight: dict[float, float]) -> float:
     """The weight that was asked for, or the best on dev; of equals the smaller, and the reranker alone without dev."""
     if job.settings.embedder_weight != "auto":
         return job.settings.embedder_weight
+    if not by_weight:
+        logger.info("no dev queries: embedder_weight auto becomes 0.0, the reranker alone")
     return max(by_weight, key=lambda weight: (by_weight[weight], -weight), default=0.0)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from transformers import Trainer
 
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.training.callbacks import DevEvaluation, FiniteLoss, Reporting
@@ -62,20 +63,8 @@ def train(
         trainer.add_callback(Reporting(reporter))
     trainer.add_callback(evaluation)
     started = time.monotonic()
-    try:
-        trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"out of GPU memory at batch_size {settings.batch_size} x train_group_size {settings.train_group_size}: "
-            f"{error}. Lower batch_size, set gradient_checkpointing: true, or (embedder) set sub_batch_size"
-        ) from error
-    seconds = time.monotonic() - started
-    steps = trainer.state.global_step
-    if steps == 0:
-        raise TrainingError(
-            f"no step was made: among {prepared.rows} rows no {settings.batch_size * rank.world_size} have texts of "
-            "their own, and equal texts never share a batch. Lower batch_size or train_group_size"
-        )
+    _run(trainer, job, rank, prepared.rows)
+    seconds, steps = time.monotonic() - started, trainer.state.global_step
     check_same_weights(prepared.model)
     if rank.is_main:
         evaluation.restore_best()
@@ -89,6 +78,7 @@ def train(
         dev_queries=dev_queries,
         dev_ndcg_at_10_before=evaluation.before,
         dev_ndcg_at_10=evaluation.best,
+        better_on_dev=_better(evaluation.before, evaluation.best),
         best_step=evaluation.best_step,
         train_seconds=round(seconds, 3),
         steps_per_second=round(steps / seconds, 4),
@@ -98,3 +88,33 @@ def train(
         threads=rank.threads,
         seed=job.seed,
     )
+
+
+def _run(trainer: Trainer, job: TrainingJob, rank: Rank, rows: int) -> None:
+    batch_size, group_size = job.settings.batch_size, job.settings.train_group_size
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of GPU memory at batch_size {batch_size} x train_group_size {group_size}: {error}. Lower batch_size, "
+            "set gradient_checkpointing: true, or (embedder) set sub_batch_size"
+        ) from error
+    if trainer.state.global_step == 0:
+        raise TrainingError(
+            f"no step was made: among {rows} rows no {batch_size * rank.world_size} have texts of their own, and equal "
+            "texts never share a batch. Lower batch_size or train_group_size"
+        )
+
+
+def _better(before: float | None, after: float | None) -> bool | None:
+    """Whether the kept weights, which are always from after the start, do better on dev; tells when they do worse."""
+    if before is None or after is None:
+        return None
+    if after < before:
+        logger.warning(
+            "dev nDCG@10 fell from %.4f to %.4f: the base model does better than any evaluation of this training. "
+            "Lower learning_rate, or bring more training rows",
+            before,
+            after,
+        )
+    return after > before

@@ -22,8 +22,9 @@ from embed_pipeline.evaluation.metrics import METRICS
 from embed_pipeline.evaluation.plots import gains_plot
 from embed_pipeline.evaluation.report import read_report, terminal_table, write_report
 from embed_pipeline.evaluation.results import Comparison, EvaluationReport
-from embed_pipeline.evaluation.systems import Ranking, has_trained_head, reordered
+from embed_pipeline.evaluation.systems import Ranking, reordered
 from embed_pipeline.evaluation.verdict import headline, signed, verdicts
+from embed_pipeline.models.folder import has_trained_head
 from embed_pipeline.settings import EncodingSettings, EvaluationSettings
 from embed_pipeline.tables import PER_QUERY, PER_QUERY_FILE, RANKINGS, RANKINGS_FILE
 

@@ -55,6 +55,25 @@ def ids_in(path: Path) -> list[int]:
     return [int(id) for id in path.read_text().split()]
 
 
+@pytest.mark.parametrize("left", ["", '{"message": {"mess', "[]", "{}"])
+def test_an_error_file_cut_short_leaves_the_exit_code_to_tell(left: str, tmp_path: Path) -> None:
+    code = "import os; open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w').write(os.environ['LEFT']); os._exit(7)"
+    with pytest.raises(TrainingError, match="ended with exit code 7, and no rank left an error"):
+        run_local(python(code), env={"LEFT": left}, error_file=tmp_path / "error.json")
+
+
+def test_a_training_that_is_not_tracked_joins_no_mlflow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from embed_pipeline.launch import training
+    from embed_pipeline.training.job import EmbedderJob
+
+    seen: dict[str, str] = {}
+    monkeypatch.setenv("MLFLOW_RUN_ID", "of the user")
+    monkeypatch.setattr(training, "run_local", lambda command, *, env, **_: seen.update({**os.environ, **env}))
+    job = EmbedderJob.model_construct(world_size=1)
+    training.launch_training(job, tmp_path / "job.json")
+    assert seen["MLFLOW_RUN_ID"] == ""
+
+
 def test_a_command_gets_our_environment_and_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OURS", "1")
     code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['OURS'] + os.environ['ITS'])"

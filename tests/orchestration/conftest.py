@@ -77,7 +77,6 @@ def settings_of(model: Path) -> dict[str, Any]:
             "base_model": {"path": str(model)},
             "query_max_length": 16,
             "passage_max_length": 48,
-            "dev_top_k": 5,
             **training,
         },
         "evaluation": {"rerank_top_k": 5, "bootstrap_samples": 200, "examples": 2},

@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 import pytest
 
+from embed_pipeline import tables
 from embed_pipeline.models.blend import blend
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.training.dev_set import EmbedderDevSet, RerankerDevSet
@@ -55,9 +56,16 @@ def test_an_answer_that_was_not_retrieved_counts_against_the_reranker(job_of: Jo
     assert dev.ndcg_at_10(cast(Reranker, Oracle())) == pytest.approx(15 / 16)
 
 
-def test_only_the_best_candidates_are_reranked(job_of: Jobs, tmp_path: Path) -> None:
-    dev = reranker_set(job_of("reranker", tmp_path, dev_top_k=2))
-    assert {len(ids) for ids in dev.candidates.values()} == {2}
+def test_all_candidates_that_were_delivered_are_reranked(job_of: Jobs, tmp_path: Path) -> None:
+    dev = reranker_set(job_of("reranker", tmp_path))
+    assert {len(ids) for ids in dev.candidates.values()} == {11, 12}
+
+
+def test_without_candidates_there_is_no_dev_set(job_of: Jobs, tmp_path: Path) -> None:
+    file = tmp_path / tables.CANDIDATES_FILE
+    tables.write(tables.CANDIDATES.empty_table(), tables.CANDIDATES, file)
+    job = job_of("reranker", tmp_path).model_copy(update={"dev_candidates": file})
+    assert RerankerDevSet.read(cast(RerankerJob, job)) is None
 
 
 def test_the_weights_run_from_the_reranker_alone_to_the_embedder_alone(job_of: Jobs, tmp_path: Path) -> None:

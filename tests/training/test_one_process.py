@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from small_problem import Problem, Trained, launch
 
 from embed_pipeline import tables
-from embed_pipeline.errors import TrainingError
+from embed_pipeline.errors import ModelError, TrainingError
 from embed_pipeline.training.job import EmbedderJob, TrainingJob
 
 KINDS = [
@@ -91,9 +92,17 @@ def test_without_dev_queries_the_last_weights_are_kept(
     train_only = queries.filter(pc.equal(queries["split"], "train"))
     tables.write(train_only, tables.QUERIES, tmp_path / tables.QUERIES_FILE)
 
-    trained = train_here(kind, lambda job: job.model_copy(update={"cleaned_pairs": tmp_path}), max_steps=2)
+    changed = {"cleaned_pairs": tmp_path}
+    if kind == "reranker":
+        changed["dev_candidates"] = tmp_path / "empty.parquet"
+        tables.write(tables.CANDIDATES.empty_table(), tables.CANDIDATES, changed["dev_candidates"])
+    trained = train_here(kind, lambda job: job.model_copy(update=changed), max_steps=2)
 
     assert trained.summary["dev_ndcg_at_10"] is None
+    assert trained.summary["better_on_dev"] is None
+    if kind == "reranker":
+        serving = json.loads((trained.output / "serving.json").read_text())
+        assert serving == {"embedder_weight": 0.0, "dev_ndcg_at_10_by_weight": {}}
     assert trained.summary["dev_queries"] == 0
     assert trained.model.is_dir()
 
@@ -106,8 +115,6 @@ def test_without_dev_queries_the_last_weights_are_kept(
         ("embedder", {"batch_size": 50}, r"49 \(query, positive\) pairs do not fill one step.*Lower batch_size to 49"),
         ("embedder", {"batch_size": 50, "engine": "flag-embedding"}, "48 queries do not fill one step"),
         ("embedder", {"batch_size": 49, "train_group_size": 5}, "no step was made.*equal texts never share a batch"),
-        ("embedder", {"loss_arguments": {"margin": 1}}, "takes no margin. Allowed: similarity_fct, directions"),
-        ("reranker", {"loss_arguments": {"k": 1}}, "BinaryCrossEntropyLoss takes no k. Allowed: pos_weight"),
         ("embedder", {"precision": "float16"}, "float16 trains on a CUDA GPU only"),
     ],
 )
@@ -116,14 +123,38 @@ def test_refusals(train_here: Callable[..., Trained], kind: str, settings: dict[
         train_here(kind, **settings)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("embedder", {"encoding": {"passage_max_length": 200}}, "passage_max_length asks for 200 .* can take 128"),
+        ("reranker", {"passage_max_length": 300}, r"query_max_length \(128\) .* ask for 428 tokens .* can take 128"),
+    ],
+)
+def test_texts_longer_than_the_model_can_take_are_refused(
+    train_here: Callable[..., Trained], kind: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=f"(?s){message}"):
+        train_here(kind, **settings)
+
+
+def test_a_model_worse_than_its_base_is_told(
+    train_here: Callable[..., Trained], caplog: pytest.LogCaptureFixture
+) -> None:
+    harmed = train_here("embedder", learning_rate=0.5, scheduler="constant", warmup_ratio=0.0, max_steps=8).summary
+    assert harmed["better_on_dev"] is False
+    assert (
+        f"dev nDCG@10 fell from {harmed['dev_ndcg_at_10_before']:.4f} to {harmed['dev_ndcg_at_10']:.4f}" in caplog.text
+    )
+
+
 def test_a_job_for_more_processes_than_there_are_is_refused(train_here: Callable[..., Trained]) -> None:
     with pytest.raises(TrainingError, match="for 2 processes, but 1 were started"):
         train_here("embedder", lambda job: job.model_copy(update={"world_size": 2}))
 
 
 def test_the_failing_ranks_cause_is_the_error(job_of: Callable[..., TrainingJob], tmp_path: Path) -> None:
-    job = job_of("embedder", tmp_path / "output", loss_arguments={"margin": 1})
-    with pytest.raises(TrainingError, match="loss_arguments: MultipleNegativesRankingLoss takes no margin"):
+    job = job_of("embedder", tmp_path / "output", batch_size=50)
+    with pytest.raises(TrainingError, match=r"^49 .* pairs do not fill one step"):
         launch(job, tmp_path)
 
 

@@ -7,13 +7,11 @@ saved by the same code, and what they leave is the same kind of folder.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from transformers import Trainer
 
-from embed_pipeline.errors import TrainingError
 from embed_pipeline.settings import Engine
 
 Model = TypeVar("Model")
@@ -31,19 +29,6 @@ def module_of(engine: Engine, kind: Literal["embedder", "reranker"]) -> str:
     return f"{__name__}.{engine.replace('-', '_')}_{kind}"
 
 
-def loss_arguments(loss: type, given: dict[str, Any], ours: set[str]) -> dict[str, Any]:
-    """`given`, once every key is a parameter of `loss` that a YAML may set; lists become tuples.
-
-    Raises TrainingError naming the allowed keys.
-    """
-    allowed = [
-        name
-        for name, parameter in inspect.signature(loss).parameters.items()
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in ours | {"model"}
-    ]
-    unknown = sorted(set(given) - set(allowed))
-    if unknown:
-        raise TrainingError(
-            f"loss_arguments: {loss.__name__} takes no {', '.join(unknown)}. Allowed: {', '.join(allowed)}"
-        )
+def loss_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a loss, from a YAML's: lists become tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

@@ -59,7 +59,7 @@ def prepare(job: EmbedderJob, rank: Rank, queries: list[TrainingQuery], work: Pa
             # With one process there are no others, and the library insists on a process group.
             negatives_cross_device=settings.negatives_cross_device and rank.world_size > 1,
             sentence_pooling_method=POOLING[encoding.pooling],
-            normalize_embeddings=encoding.normalize,
+            normalize_embeddings=True,
             sub_batch_size=settings.sub_batch_size,
         ),
     )

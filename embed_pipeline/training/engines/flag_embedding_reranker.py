@@ -12,8 +12,9 @@ from FlagEmbedding.abc.finetune.reranker import (
 from FlagEmbedding.finetune.reranker.encoder_only.base import EncoderOnlyRerankerRunner
 from sentence_transformers import CrossEncoder
 
+from embed_pipeline.models.folder import pair_length
 from embed_pipeline.training.arguments import check_steps, trainer_arguments
-from embed_pipeline.training.cross_encoder import load_cross_encoder, pair_length
+from embed_pipeline.training.cross_encoder import load_cross_encoder
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.engines.flag_embedding_embedder import write_rows
 from embed_pipeline.training.job import RerankerJob
@@ -30,7 +31,7 @@ def prepare(job: RerankerJob, rank: Rank, queries: list[TrainingQuery], work: Pa
     check_steps(job, rank, len(queries), "queries")
     model = load_cross_encoder(job, rank.device)
     # Its maximum is the sum of the two: cut it to what the model has positions for.
-    passage_max_len = pair_length(job, model) - settings.query_max_length
+    passage_max_len = pair_length(job.base_model, settings) - settings.query_max_length
     rows = (
         (query, negatives_to_draw_from(query, settings.train_group_size, settings.random_negatives))
         for query in queries

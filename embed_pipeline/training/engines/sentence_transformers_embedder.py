@@ -68,4 +68,4 @@ def _loss(model: SentenceTransformer, settings: EmbedderSettings) -> nn.Module:
     ours = {"scale": 1.0 / settings.temperature, "gather_across_devices": settings.negatives_cross_device}
     if settings.sub_batch_size is not None:
         ours["mini_batch_size"] = settings.sub_batch_size
-    return loss(model, **loss_arguments(loss, settings.loss_arguments, set(ours)), **ours)
+    return loss(model, **{**loss_arguments(settings.loss_arguments), **ours})

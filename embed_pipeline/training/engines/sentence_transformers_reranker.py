@@ -64,7 +64,7 @@ def prepare(job: RerankerJob, rank: Rank, queries: list[TrainingQuery], work: Pa
 
 def _loss(model: CrossEncoder, settings: RerankerSettings) -> nn.Module:
     loss = getattr(losses, settings.loss)
-    given = loss_arguments(loss, settings.loss_arguments, {"activation_fn", "weighting_scheme"})
+    given = loss_arguments(settings.loss_arguments)
     if "pos_weight" in given:
         given["pos_weight"] = torch.tensor(float(given["pos_weight"]))
     return loss(model, **given)

@@ -1,0 +1,70 @@
+"""What a model folder says of itself, read without loading it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from embed_pipeline.errors import ModelError
+from embed_pipeline.settings import RerankerSettings
+
+logger = logging.getLogger(__name__)
+
+# Their positions are numbered from pad_token_id + 1 (of 514 in XLM-R, 512 are usable).
+_POSITIONS_AFTER_PADDING = {
+    *("camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm"),
+    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+
+
+def usable_length(folder: Path) -> int | None:
+    """Tokens a text may have, special tokens included; None where neither positions nor tokenizer set a limit.
+
+    The positions decide where there are any: the tokenizer's `model_max_length` is lowered by whoever saves a model
+    with a shorter maximum length, without the model being able to do less.
+    """
+    config = _read(folder / "config.json")
+    config = config.get("text_config") or config
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if isinstance(positions, int) and positions > 0:
+        after_padding = config.get("model_type") in _POSITIONS_AFTER_PADDING
+        return positions - (config.get("pad_token_id", 1) + 1) if after_padding else positions
+    limit = _read(folder / "tokenizer_config.json").get("model_max_length")
+    # Tokenizers without a limit say 1e30.
+    return int(limit) if limit is not None and limit < 1e9 else None
+
+
+def pair_length(folder: Path, settings: RerankerSettings) -> int:
+    """Tokens of query, passage and special tokens together, for a reranker that starts from the model in `folder`.
+
+    Lengths that were asked for and do not fit raise ModelError; defaults are cut to what the model has.
+    """
+    wanted = settings.query_max_length + settings.passage_max_length
+    limit = usable_length(folder)
+    if limit is None or wanted <= limit:
+        return wanted
+    defaults = RerankerSettings.model_fields
+    if any(getattr(settings, k) != defaults[k].default for k in ("query_max_length", "passage_max_length")):
+        raise ModelError(
+            f"reranker.query_max_length ({settings.query_max_length}) + reranker.passage_max_length "
+            f"({settings.passage_max_length}) ask for {wanted} tokens a pair, but the model in {folder} can take "
+            f"{limit}. Lower one of them, or choose a base model that takes longer texts"
+        )
+    logger.warning("pairs are cut to %d tokens, of %d by default: the model in %s takes no more", limit, wanted, folder)
+    return limit
+
+
+def has_trained_head(folder: Path) -> bool:
+    """Whether a model folder is a cross-encoder already, rather than an encoder that would get a fresh head."""
+    architectures = _read(folder / "config.json").get("architectures") or ()
+    if any(name.endswith("ForSequenceClassification") for name in architectures):
+        return True
+    modules = folder / "modules.json"
+    return modules.is_file() and "cross_encoder" in modules.read_text()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
