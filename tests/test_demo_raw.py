@@ -23,6 +23,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "embed_pipeline" / "defs" / "d
 def build(folder: Path, hash_seed: str) -> Path:
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     subprocess.run([sys.executable, SCRIPT, folder], check=True, env=environment, cwd=folder.parent)
+    assert [path.name for path in folder.iterdir()] == ["docstrings.parquet"]
     return folder / "docstrings.parquet"
 
 

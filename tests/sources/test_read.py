@@ -13,7 +13,7 @@ import pytest
 
 from embed_pipeline.errors import ConfigurationError, SourceError
 from embed_pipeline.settings import SourceSettings
-from embed_pipeline.sources.fingerprint import fingerprint
+from embed_pipeline.sources.fingerprint import fingerprint, refuse_changed
 from embed_pipeline.sources.read import read_sources
 from embed_pipeline.tables import RAW, RAW_FILE
 
@@ -105,6 +105,24 @@ def test_fingerprint_follows_content(tmp_path: Path, parquet: Callable[..., Path
     assert before[0]["source"] == "a.parquet"
     parquet("a.parquet", query=["how", "why"], passage=["so", "therefore"])
     assert fingerprint(settings, tmp_path) != before
+
+
+def test_files_that_change_while_they_are_read_are_refused(tmp_path: Path, parquet: Callable[..., Path]) -> None:
+    settings = SourceSettings(path="*.parquet")
+    file = parquet("a.parquet", **PAIRS)
+    before = fingerprint(settings, tmp_path)
+    refuse_changed(before, settings, tmp_path)
+    told = r"changed while it was read: .* Run again when the export is finished"
+    more = parquet("b.parquet", **PAIRS)
+    with pytest.raises(SourceError, match=rf"^b\.parquet \(in .*\) {told}"):
+        refuse_changed(before, settings, tmp_path)
+    more.unlink()
+    parquet("a.parquet", query=["how", "why"], passage=["so", "therefore"])
+    with pytest.raises(SourceError, match=rf"^a\.parquet \(in .*\) {told}"):
+        refuse_changed(before, settings, tmp_path)
+    file.unlink()
+    with pytest.raises(SourceError, match=rf"^a\.parquet \(in .*\) {told}"):
+        refuse_changed(before, settings, tmp_path)
 
 
 PAIR = {"path": "a.parquet"}

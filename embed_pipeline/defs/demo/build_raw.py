@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 import sys
@@ -22,6 +23,7 @@ from types import ModuleType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+FILE = "docstrings.parquet"
 LIBRARIES = ("pandas", "numpy", "scipy", "sklearn", "networkx", "torch")
 # Parts of a library that need what may not be installed, or that hold no documentation of its public functions.
 SKIPPED = re.compile(
@@ -47,8 +49,11 @@ def main(output: Path) -> None:
     columns = ("library", "name", "document", "question", "passage")
     table = pa.table({column: [row[index] for row in rows] for index, column in enumerate(columns)})
     output.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, output / "docstrings.parquet", compression="zstd")
-    print(f"{table.num_rows} documented functions, classes and methods -> {output / 'docstrings.parquet'}")
+    # Whole or not at all, and under a name that no pattern finds before: another run may be reading or writing here.
+    unfinished = output / f".{FILE}.{os.getpid()}.unfinished"
+    pq.write_table(table, unfinished, compression="zstd")
+    unfinished.replace(output / FILE)
+    print(f"{table.num_rows} documented functions, classes and methods -> {FILE}")
 
 
 def documented(library: str) -> Iterator[tuple[str, str, str, str, str]]:
