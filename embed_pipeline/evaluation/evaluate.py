@@ -222,13 +222,14 @@ def _details(
     over_embedder = compare(values, against, EMBEDDER, settings, ranked.seed)
     base_reranker = ranked.models.base_reranker
     untrained = base_reranker is not None and not has_trained_head(base_reranker)
+    over_base_reranker = _over_base_reranker(values, settings, ranked.seed)
     changes = _changes(collection, rankings, values)
     claim, figures = headline(summary, settings.confidence)
     return Details(
         title=title,
         claim=claim,
         figures=figures,
-        verdicts=verdicts(over_embedder, settings.confidence, untrained_head=untrained),
+        verdicts=verdicts(over_embedder, over_base_reranker, settings.confidence, untrained_head=untrained),
         systems=_descriptions(list(rankings), settings, ranked.embedder_weight, untrained),
         notes=_notes(collection, settings, len(ranked.sampled), ranked.embedder_weight),
         passages=len(collection.texts),
@@ -239,6 +240,7 @@ def _details(
         embedder_weight=ranked.embedder_weight,
         dev_ndcg_at_10_by_weight=ranked.dev_by_weight,
         over_embedder=over_embedder,
+        over_base_reranker=over_base_reranker,
         milliseconds_per_query=ranked.milliseconds,
         scores=ranked.scores,
         better=sorted((c for c in changes if c.change > 0), key=lambda c: -c.change)[: settings.examples],
@@ -259,6 +261,14 @@ def _measure(collection: Collection, rankings: Mapping[str, Ranking]) -> Values:
         measured = {str(collection.query_ids[row]): qrels[collection.query_ids[row]] for row in ranking.rows}
         values[system] = per_query(measured, ranking.run(collection))
     return values
+
+
+def _over_base_reranker(values: Values, settings: EvaluationSettings, seed: int) -> list[Comparison]:
+    """What training the reranker changed: its own score against its base's, without the embedder's share in either."""
+    own = RERANKER_ALONE if RERANKER_ALONE in values else RERANKER
+    if own not in values or BASE_RERANKER not in values:
+        return []
+    return compare(values, [own], BASE_RERANKER, settings, seed)
 
 
 def _per_query_table(values: Values) -> pa.Table:

@@ -74,6 +74,7 @@ class Details(_Part):
     embedder_weight: float | None
     dev_ndcg_at_10_by_weight: dict[str, float]
     over_embedder: list[Comparison]  # gains over the fine-tuned embedder on the same queries
+    over_base_reranker: list[Comparison]  # of the fine-tuned reranker, each ranking by its own score alone
     milliseconds_per_query: dict[str, float]
     scores: dict[str, ScoreSummary]  # embedder -> similarity of positives and of each query's best other passage
     better: list[QueryChange]

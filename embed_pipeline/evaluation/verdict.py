@@ -69,12 +69,24 @@ def headline(summary: list[Comparison], confidence: float) -> tuple[str, str]:
     return f"Fine-tuning made no difference that the test can tell: the embedder {finds}", figures
 
 
-def verdicts(over_embedder: list[Comparison], confidence: float, *, untrained_head: bool) -> dict[str, str]:
+def verdicts(
+    over_embedder: list[Comparison],
+    over_base_reranker: list[Comparison],
+    confidence: float,
+    *,
+    untrained_head: bool,
+) -> dict[str, str]:
     """A sentence for each of the other systems about which there is something to say."""
     told = {}
     fine_tuned = row_of(over_embedder, RERANKER, "ndcg_at_10")
     if fine_tuned is not None:
         told[RERANKER] = _reranker_sentence(RERANKER, fine_tuned, confidence)
+        changed = next((row for row in over_base_reranker if row.metric == "ndcg_at_10"), None)
+        if changed is not None:
+            told[RERANKER] += (
+                f" By its own score alone it has nDCG@10 {changed.value:.3f}, {signed(changed.gain)} "
+                f"({interval(changed, confidence)}) over the base reranker."
+            )
     base = row_of(over_embedder, BASE_RERANKER, "ndcg_at_10")
     if base is not None and untrained_head:
         told[BASE_RERANKER] = (

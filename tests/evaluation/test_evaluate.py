@@ -143,6 +143,8 @@ def test_details_are_honest(evaluated: tuple[Path, EvaluationReport]) -> None:
     assert any("sample of 12 of the 30" in note for note in details.notes)
     assert any("1 test queries have no relevant passage" in note for note in details.notes)
     assert {row.system for row in details.over_embedder} == {"bm25", "base_reranker", "reranker", "reranker_alone"}
+    assert {row.system for row in details.over_base_reranker} == {"reranker_alone"}
+    assert "over the base reranker" in details.verdicts["reranker"]
     assert set(details.milliseconds_per_query) == {"bm25", "base_embedder", "embedder", "base_reranker", "reranker"}
     assert len(details.better) == 6
     assert all(change.change > 0 for change in details.better)
@@ -205,6 +207,7 @@ def test_without_rerankers(
     alone = replace(models, base_reranker=None, reranker=None)
     report = evaluate(cleaned, alone, SETTINGS, 7, tmp_path, cache_folder=evaluated[0].parent / "cache", progress=False)
     assert {row.system for row in report.summary} == {"bm25", "base_embedder", "embedder"}
+    assert report.details.over_base_reranker == []
     assert (tmp_path / "report.html").read_text().count("<svg") == 4
 
 
@@ -285,11 +288,14 @@ def test_headline_says_what_the_interval_says(interval: tuple[float, float, floa
 
 def test_verdicts_do_not_flatter() -> None:
     undecided = [row("reranker", "ndcg_at_10", 0.01, -0.01, 0.03), row("bm25", "ndcg_at_10", 0.04, 0.02, 0.06)]
-    told = verdicts(undecided, 0.95, untrained_head=False)
+    told = verdicts(undecided, [row("reranker", "ndcg_at_10", 0.2, 0.1, 0.3)], 0.95, untrained_head=False)
+    assert told["reranker"].endswith(
+        "0.620, +0.200 (95\N{NO-BREAK SPACE}% interval +0.100 to +0.300) over the base reranker."
+    )
     assert "remains undecided" in told["reranker"]
     assert "ranks better than the fine-tuned embedder" in told["bm25"]
     worse = [row("reranker", "ndcg_at_10", -0.05, -0.07, -0.03), row("bm25", "ndcg_at_10", -0.4, -0.5, -0.3)]
-    told = verdicts(worse, 0.95, untrained_head=False)
+    told = verdicts(worse, [], 0.95, untrained_head=False)
     assert "makes the ranking worse, so leave it out" in told["reranker"]
     assert "bm25" not in told
 
