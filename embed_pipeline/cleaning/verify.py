@@ -8,12 +8,21 @@ import duckdb
 
 from embed_pipeline.cleaning import reasons
 from embed_pipeline.cleaning.normalise import create_macros
-from embed_pipeline.tables import MERGED_FILE, PASSAGES_FILE, QRELS_FILE, QUERIES_FILE, REJECTED_FILE, SPLITS
+from embed_pipeline.tables import (
+    MERGED_FILE,
+    PASSAGES_FILE,
+    QRELS_FILE,
+    QUERIES_FILE,
+    REJECTED_FILE,
+    SPLITS,
+    WITHHELD_FILE,
+)
 
 _TABLES = {
     "queries": QUERIES_FILE,
     "passages": PASSAGES_FILE,
     "qrels": QRELS_FILE,
+    "withheld": WITHHELD_FILE,
     "rejected": REJECTED_FILE,
     "merged": MERGED_FILE,
 }
@@ -33,6 +42,11 @@ _PROMISES = {
     ),
     "a judgement's query stands in queries": "SELECT query_id FROM qrels ANTI JOIN queries USING (query_id)",
     "a judgement's passage stands in passages": "SELECT passage_id FROM qrels ANTI JOIN passages USING (passage_id)",
+    "a withheld query stands in queries": "SELECT query_id FROM withheld ANTI JOIN queries USING (query_id)",
+    "a withheld passage stands in passages": "SELECT passage_id FROM withheld ANTI JOIN passages USING (passage_id)",
+    "a withheld pair is not judged": (
+        "SELECT query_id || ' / ' || passage_id FROM withheld SEMI JOIN qrels USING (query_id, passage_id)"
+    ),
     "a query has a positive": "SELECT query_id FROM queries ANTI JOIN positives USING (query_id)",
     "a relevance is a number from 0": "SELECT query_id FROM qrels WHERE NOT (relevance >= 0 AND isfinite(relevance))",
     "a split is train, dev or test": f"SELECT split FROM queries WHERE split NOT IN {SPLITS}",
@@ -50,22 +64,78 @@ _PROMISES = {
         "SELECT merged_into FROM merged ANTI JOIN passages ON passages.passage_id = merged.merged_into"
     ),
 }
-_KEPT = """
-    SELECT *, one_line(query) AS asked, passage_text(one_line(title), lines(passage)) AS told
-    FROM raw ANTI JOIN rejected USING (source, row_number)
-"""
+# The raw rows as cleaning reads them, and what became of each: found again by their texts and ids, with none of the
+# tables that cleaning works on.
+_FROM_RAW = {
+    "delivered": """
+        SELECT source, row_number, kind, reason, nullif(trim(query_id), '') AS query_id, one_line(query) AS asked,
+            nullif(trim(passage_id), '') AS passage_id, passage_text(one_line(title), lines(passage)) AS told,
+            lines(negative) AS refused, nullif(trim(document_id), '') AS document_id,
+            CASE WHEN kind = 'judgement' THEN relevance ELSE coalesce(relevance, 1.0) END AS relevance
+        FROM raw LEFT JOIN (SELECT source, row_number, reason FROM rejected) USING (source, row_number)""",
+    # A passage's own text, and the texts of what gave way to it.
+    "stands_for": f"""
+        SELECT passage_text(title, text) AS told, passage_id AS standing_id FROM passages
+        UNION SELECT told, merged_into FROM delivered JOIN merged USING (source, row_number)
+        WHERE told IS NOT NULL AND (kind <> 'triplet' OR ends_with(told, merged.passage))
+        UNION SELECT refused, merged_into FROM delivered JOIN merged USING (source, row_number)
+        WHERE ends_with(refused, merged.passage)
+        UNION SELECT told, regexp_extract(detail, '^near-duplicate of passage (.*)$', 1, 's')
+        FROM delivered JOIN rejected USING (source, row_number)
+        WHERE delivered.reason = '{reasons.NEAR_DUPLICATE_PASSAGE}'""",
+    "query_names": f"""
+        SELECT DISTINCT d.query_id AS own_id, q.query_id AS standing_id FROM delivered d JOIN queries q ON query = asked
+        WHERE d.query_id IS NOT NULL AND reason IS DISTINCT FROM '{reasons.DUPLICATE_ID}'""",
+    "passage_names": f"""
+        SELECT DISTINCT passage_id AS own_id, standing_id FROM delivered JOIN stands_for USING (told)
+        WHERE passage_id IS NOT NULL AND reason IS DISTINCT FROM '{reasons.DUPLICATE_ID}'""",
+    "said": """
+        SELECT source, row_number, reason, 'positive' AS what, q.query_id, s.standing_id AS passage_id,
+            greatest(relevance, 0.0) AS relevance
+        FROM delivered JOIN queries q ON query = asked JOIN stands_for s USING (told) WHERE kind IN ('pair', 'triplet')
+        UNION ALL
+        SELECT source, row_number, reason, 'negative', q.query_id, s.standing_id, 0.0
+        FROM delivered JOIN queries q ON query = asked JOIN stands_for s ON s.told = refused WHERE kind = 'triplet'
+        UNION ALL
+        SELECT source, row_number, reason, 'positive', q.standing_id, p.standing_id, greatest(relevance, 0.0)
+        FROM delivered d JOIN query_names q ON q.own_id = d.query_id JOIN passage_names p ON p.own_id = d.passage_id
+        WHERE kind = 'judgement'""",
+    "documents": """
+        SELECT DISTINCT standing_id AS passage_id, document_id FROM delivered JOIN stands_for USING (told)
+        WHERE document_id IS NOT NULL""",
+}
+_ROW = "source || ' row ' || row_number"
 _PROMISES_TO_RAW = {
-    "a rejected row is a raw row": (
-        "SELECT source || ' row ' || row_number FROM rejected ANTI JOIN raw USING (source, row_number)"
-    ),
+    "a rejected row is a raw row": f"SELECT {_ROW} FROM rejected ANTI JOIN raw USING (source, row_number)",
     "a kept row's query stands in queries": (
-        f"""SELECT source || ' row ' || row_number FROM ({_KEPT}) kept
-            ANTI JOIN queries ON queries.query = kept.asked WHERE kind IN ('pair', 'triplet', 'query')"""
+        f"""SELECT {_ROW} FROM delivered ANTI JOIN queries ON query = asked
+            WHERE reason IS NULL AND kind IN ('pair', 'triplet', 'query')"""
     ),
     "a kept row's passage stands in passages, or gave way to one": (
-        f"""SELECT source || ' row ' || row_number FROM ({_KEPT}) kept
-            ANTI JOIN (SELECT passage_text(title, text) AS told FROM passages) USING (told)
-            ANTI JOIN merged USING (source, row_number) WHERE kind IN ('pair', 'triplet', 'passage')"""
+        f"""SELECT {_ROW} FROM delivered ANTI JOIN stands_for USING (told)
+            WHERE reason IS NULL AND kind IN ('pair', 'triplet', 'passage')"""
+    ),
+    # The best grade stays where near-duplicates are merged.
+    "a kept row's judgement stands in qrels": (
+        f"""SELECT {_ROW} FROM (
+                SELECT source, row_number, unnest(['positive', 'negative'][: if(kind = 'triplet', 2, 1)]) AS what
+                FROM delivered WHERE reason IS NULL AND kind IN ('pair', 'triplet', 'judgement')
+            ) ANTI JOIN (
+                SELECT source, row_number, what FROM said JOIN qrels USING (query_id, passage_id)
+                WHERE qrels.relevance >= said.relevance AND (qrels.relevance > 0) = (said.relevance > 0)
+            ) USING (source, row_number, what)"""
+    ),
+    "a judgement in qrels was delivered": (
+        """SELECT query_id || ' / ' || passage_id FROM qrels
+           ANTI JOIN (SELECT * FROM said WHERE reason IS NULL) USING (query_id, passage_id, relevance)"""
+    ),
+    "what any row calls relevant is judged or withheld": (
+        f"""SELECT {_ROW} FROM said ANTI JOIN qrels USING (query_id, passage_id)
+            ANTI JOIN withheld USING (query_id, passage_id) WHERE relevance > 0 AND isfinite(relevance)"""
+    ),
+    "no delivered document stands in two splits": (
+        """SELECT documents.document_id FROM documents JOIN positives USING (passage_id)
+           GROUP BY documents.document_id HAVING count(DISTINCT split) > 1"""
     ),
 }
 SHOWN = 3
@@ -76,7 +146,9 @@ def verify(folder: Path, raw_file: Path | None = None) -> list[str]:
 
     Checked: ids are unique, judgements resolve, every query has a positive, no query (case, punctuation and word order
     aside), document, near-duplicate cluster or group stands in two splits, no row is rejected twice. With `raw_file`
-    also that every raw row is either rejected or found again in the tables.
+    also that every raw row is either rejected or found again in the tables with what it judged, that no judgement is
+    there that nobody delivered, that what rejected rows call relevant is withheld, and that no document of a positive
+    (a passage may have been delivered with several) stands in two splits.
     """
     with duckdb.connect() as connection:
         create_macros(connection)
@@ -89,6 +161,8 @@ def verify(folder: Path, raw_file: Path | None = None) -> list[str]:
         promises = dict(_PROMISES)
         if raw_file is not None:
             connection.execute(f"CREATE VIEW raw AS SELECT * FROM read_parquet('{_quoted(raw_file)}')")
+            for table, query in _FROM_RAW.items():
+                connection.execute(f"CREATE TEMP TABLE {table} AS {query}")
             promises |= _PROMISES_TO_RAW
         found = [(promise, connection.execute(query).fetchall()) for promise, query in promises.items()]
     return [f"{promise}: broken {len(rows)} time(s), e.g. {_examples(rows)}" for promise, rows in found if rows]
