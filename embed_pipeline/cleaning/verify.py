@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import duckdb
 
 from embed_pipeline.cleaning import reasons
+from embed_pipeline.cleaning.clean import MEMORY_LIMIT
 from embed_pipeline.cleaning.normalise import create_macros
 from embed_pipeline.tables import (
     MERGED_FILE,
@@ -73,13 +75,15 @@ _FROM_RAW = {
             lines(negative) AS refused, nullif(trim(document_id), '') AS document_id,
             CASE WHEN kind = 'judgement' THEN relevance ELSE coalesce(relevance, 1.0) END AS relevance
         FROM raw LEFT JOIN (SELECT source, row_number, reason FROM rejected) USING (source, row_number)""",
-    # A passage's own text, and the texts of what gave way to it.
+    # A passage's own text, and the texts of what gave way to it. `merged` has it without the title that it may have in
+    # another row; of a triplet's two texts, the one that is exactly it goes before the one that ends with it.
     "stands_for": f"""
         SELECT passage_text(title, text) AS told, passage_id AS standing_id FROM passages
         UNION SELECT told, merged_into FROM delivered JOIN merged USING (source, row_number)
-        WHERE told IS NOT NULL AND (kind <> 'triplet' OR ends_with(told, merged.passage))
+        WHERE told IS NOT NULL AND (kind <> 'triplet' OR merged.passage = told
+            OR ends_with(told, merged.passage) AND merged.passage <> refused)
         UNION SELECT refused, merged_into FROM delivered JOIN merged USING (source, row_number)
-        WHERE ends_with(refused, merged.passage)
+        WHERE merged.passage = refused OR ends_with(refused, merged.passage) AND merged.passage <> told
         UNION SELECT told, regexp_extract(detail, '^near-duplicate of passage (.*)$', 1, 's')
         FROM delivered JOIN rejected USING (source, row_number)
         WHERE delivered.reason = '{reasons.NEAR_DUPLICATE_PASSAGE}'""",
@@ -150,7 +154,10 @@ def verify(folder: Path, raw_file: Path | None = None) -> list[str]:
     there that nobody delivered, that what rejected rows call relevant is withheld, and that no document of a positive
     (a passage may have been delivered with several) stands in two splits.
     """
-    with duckdb.connect() as connection:
+    with (
+        tempfile.TemporaryDirectory(prefix="verify-") as work,
+        duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": work}) as connection,
+    ):
         create_macros(connection)
         for table, name in _TABLES.items():
             connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{_quoted(folder / name)}')")

@@ -129,3 +129,16 @@ def test_withheld_pairs(tmp_path: Path) -> None:
         "a withheld query stands in queries",
         "a withheld passage stands in passages",
     } <= set(promises(out, raw))
+
+
+def test_merged_texts_of_triplets_are_told_apart(tmp_path: Path) -> None:
+    """A negative that is the end of its positive, and a text that another file delivers with its title apart."""
+    near = f"{passage(60)} and then some"
+    rows = [{**row, "kind": "triplet", "negative": passage(150 + n)} for n, row in enumerate(filler(0, 30))]
+    rows[0] |= {"passage": f"{passage(40)} {passage(41)} {passage(60)}", "negative": passage(60), "document_id": "a"}
+    rows[1] |= {"passage": passage(0, 1), "negative": f"Title {passage(70)}"}
+    corpus = {"kind": "passage", "source": "e"}
+    rows += [{**corpus, "passage": near, "document_id": "b"}, {**corpus, "passage": f"{passage(70)} further on"}]
+    rows += [{**corpus, "title": "Title", "passage": passage(70)}]
+    out, _ = cleaned(tmp_path, rows)
+    assert pq.read_table(out / tables.MERGED_FILE).num_rows == 2
