@@ -39,5 +39,5 @@ ui: setup  ## the Dagster UI on http://127.0.0.1:3000
 mlflow: setup  ## MLflow on http://127.0.0.1:5000
 	$(BIN)/mlflow server --backend-store-uri sqlite:///$(DAGSTER_HOME)/mlflow.db --host 127.0.0.1 --port 5000
 
-clean:  ## remove everything the demo made (not .venv)
-	rm -rf dagster_home/store dagster_home/mlflow* dagster_home/storage dagster_home/history dagster_home/schedules embed_pipeline/defs/demo/raw
+clean:  ## remove what the demo made (not .venv, not your own pipelines)
+	rm -rf $(DAGSTER_HOME)/store/demo embed_pipeline/defs/demo/raw

@@ -1,14 +1,15 @@
 """Versions on disk: staged, manifest-checked, published whole or not at all. The only home of a path.
 
-    <home>/store/<pipeline>/<asset>/<version>/...      one published version, with its manifest.json
-    <home>/store/<pipeline>/<asset>/recipes/<digest>   which version a recipe made
-    <home>/store/<pipeline>/<asset>/current.json       the version that later stages use
-    <home>/store/<pipeline>/.staging/                  what is being made
-    <home>/store/<pipeline>/.embeddings/               encoded texts, by model and content; can be deleted
+    <store>/<pipeline>/<asset>/<version>/...      one published version, with its manifest.json
+    <store>/<pipeline>/<asset>/recipes/<digest>   which version a recipe made
+    <store>/<pipeline>/<asset>/current.json       the version that later stages use
+    <store>/<pipeline>/.staging/                  what is being made
+    <store>/<pipeline>/.embeddings/               encoded texts, by model and content; can be deleted
 
-A *recipe* is everything that decides the result: input versions, settings, seed, code version. A recipe that was made
-before is not made again. The version of a table is the hash of its content, so an input that changed without changing
-the table retrains nothing; the version of a model is the hash of its recipe.
+A *recipe* is everything that decides the result: the inputs' content, settings, seed, code version. A recipe that was
+made before is not made again. What a stage hands over has a *content* id: for tables the hash of the rows that later
+stages read, for models the hash of their recipe. Recipes name inputs by content, so a raw row that changes nothing but
+the list of rejected rows retrains nothing; manifests name them by version, so every model leads back to its very rows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from embed_pipeline.errors import ArtifactError
 
 ASSETS = ("raw_pairs", "cleaned_pairs", "hard_negatives", "embedder", "reranker", "evaluation")
 MANIFEST = "manifest.json"
-VERSION_DIGITS = 16
+DIGITS = 16
 LIBRARIES = (
     "accelerate",
     "bm25s",
@@ -68,7 +69,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    inputs: dict[str, str]  # name -> version or digest; names of assets are followed as lineage
+    inputs: dict[str, str]  # name -> content of an artifact, or digest of a model or of files
     settings: dict[str, Any]
     seed: int
     code_version: str
@@ -76,7 +77,7 @@ class Recipe(BaseModel):
     @property
     def digest(self) -> str:
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:VERSION_DIGITS]
+        return hashlib.sha256(canonical.encode()).hexdigest()[:DIGITS]
 
 
 class FileEntry(BaseModel):
@@ -95,8 +96,10 @@ class RunIds(BaseModel):
 class Manifest(BaseModel):
     pipeline: str
     asset: str
-    version: str
+    version: str  # the folder: one for every recipe
+    content: str  # what is handed over: equal for equal tables, whatever they were made from
     recipe: Recipe
+    inputs: dict[str, str]  # asset -> version that this was made from
     created_at: str
     libraries: dict[str, str]
     python: str
@@ -118,17 +121,26 @@ class Artifact:
         return self.manifest.version
 
     @property
+    def content(self) -> str:
+        return self.manifest.content
+
+    @property
     def report(self) -> dict[str, Any]:
         """What the stage said of it: counts, scores, seconds."""
         return self.manifest.report
 
     def input(self, asset: str) -> str:
         """The version of the upstream `asset` that this one was made from."""
-        return self.manifest.recipe.inputs[asset]
+        return self.manifest.inputs[asset]
 
     def size(self) -> int:
         """Bytes on disk, manifest excluded."""
         return sum(entry.bytes for entry in self.manifest.files.values())
+
+    def is_whole(self) -> bool:
+        """Whether every file is there with its size: a look, not a proof (see `verify`)."""
+        paths = {self.path / name: entry.bytes for name, entry in self.manifest.files.items()}
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
     def verify(self) -> None:
         """Compare every file with the manifest, byte for byte; raises ArtifactError naming the first that differs."""
@@ -185,6 +197,10 @@ class PipelineStore:
     def has_current(self, asset: str) -> bool:
         return (self.folder / asset / "current.json").is_file()
 
+    def was_reused(self, asset: str) -> bool:
+        """Whether the last materialization of the asset found its version made before."""
+        return bool(json.loads((self.folder / asset / "current.json").read_text())["reused"])
+
     def get(self, asset: str, version: str) -> Artifact:
         """One version by its name; raises ArtifactError when it is absent or its manifest cannot be read."""
         path = self.folder / asset / version
@@ -209,43 +225,51 @@ class PipelineStore:
         if not pointer.is_file():
             return None
         version = pointer.read_text().strip()
-        return self.get(asset, version) if (self.folder / asset / version / MANIFEST).is_file() else None
+        if not (self.folder / asset / version / MANIFEST).is_file():
+            return None
+        artifact = self.get(asset, version)
+        return artifact if artifact.is_whole() else None
 
     def produce(
         self,
         asset: str,
         recipe: Recipe,
+        inputs: Sequence[Artifact],
         make: Callable[[Path], Made],
         *,
         content: Sequence[str] | None,
     ) -> Produced:
         """Return the version that `recipe` stands for, making it only if it was never made.
 
-        `make` fills the empty folder it is given. `content` lists the files whose bytes are the version (tables); None
-        takes the recipe's digest (models). The new version becomes current in one rename; if `make` raises, nothing of
-        it stays.
+        `make` fills the empty folder it is given, after every file of `inputs` was compared with its manifest.
+        `content` lists the files that are handed over (tables); None takes the recipe's digest (models). The new
+        version becomes current in one rename; if `make` raises, nothing of it stays.
         """
         found = self.find(asset, recipe)
-        if found is None:
-            staging = self.folder / ".staging" / f"{asset}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-            staging.mkdir(parents=True)
-            try:
-                made = make(staging)
-                version = recipe.digest if content is None else _content_version(staging, content)
-                artifact = self._publish(asset, version, recipe, staging, made)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-            self._write(self.folder / asset / "recipes" / recipe.digest, version)
-        else:
-            artifact = found
-        self._write(self.folder / asset / "current.json", json.dumps({"version": artifact.version}))
-        return Produced(artifact, reused=found is not None)
+        if found is not None:
+            self._make_current(found, reused=True)
+            return Produced(found, reused=True)
+        for artifact in inputs:
+            artifact.verify()
+        staging = self._staging(asset)
+        staging.mkdir(parents=True)
+        try:
+            made = make(staging)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        # From here on the work is done: a failure to publish leaves it in the staging folder.
+        content_id = recipe.digest if content is None else _content_id(staging, content)
+        artifact = self._publish(asset, content_id, recipe, inputs, staging, made)
+        self._write(self.folder / asset / "recipes" / recipe.digest, artifact.version)
+        self._make_current(artifact, reused=False)
+        return Produced(artifact, reused=False)
 
     def lineage(self, artifact: Artifact) -> dict[str, set[str]]:
-        """asset -> versions that `artifact` was made from, itself included."""
+        """asset -> versions that `artifact` was made from, itself included; inputs that were deleted are left out."""
         made_from: dict[str, set[str]] = {artifact.manifest.asset: {artifact.version}}
-        for asset, version in artifact.manifest.recipe.inputs.items():
-            if asset in ASSETS:
+        for asset, version in artifact.manifest.inputs.items():
+            if (self.folder / asset / version / MANIFEST).is_file():
                 for name, versions in self.lineage(self.get(asset, version)).items():
                     made_from.setdefault(name, set()).update(versions)
         return made_from
@@ -265,18 +289,31 @@ class PipelineStore:
 
     def remove_folder(self, folder: Path) -> None:
         """Delete a folder of this store; it leaves its place in one rename, so nobody sees half of it."""
-        grave = self.folder / ".staging" / f"removed-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        grave = self._staging("removed")
         grave.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(grave)
         shutil.rmtree(grave)
 
+    def in_the_making(self) -> list[Path]:
+        """Staging folders that a process of this or another machine may be filling right now."""
+        return [path for path in self._staged() if _may_be_alive(path.name)]
+
     def abandoned(self) -> list[Path]:
         """Staging folders whose process is gone, and all cached embeddings: safe to delete, rebuilt when needed."""
-        staged = (self.folder / ".staging").glob("*-*-*") if (self.folder / ".staging").is_dir() else iter(())
-        dead = [path for path in staged if not psutil.pid_exists(int(path.name.split("-")[-2]))]
+        dead = [path for path in self._staged() if not _may_be_alive(path.name)]
         return dead + ([self.embeddings_folder] if self.embeddings_folder.is_dir() else [])
 
-    def _publish(self, asset: str, version: str, recipe: Recipe, staging: Path, made: Made) -> Artifact:
+    def _staged(self) -> list[Path]:
+        folder = self.folder / ".staging"
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
+    def _staging(self, what: str) -> Path:
+        name = "~".join([what, platform.node(), str(os.getpid()), uuid.uuid4().hex[:8]])
+        return self.folder / ".staging" / name
+
+    def _publish(
+        self, asset: str, content: str, recipe: Recipe, inputs: Sequence[Artifact], staging: Path, made: Made
+    ) -> Artifact:
         files = {
             path.relative_to(staging).as_posix(): FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
             for path in sorted(staging.rglob("*"))
@@ -285,8 +322,10 @@ class PipelineStore:
         manifest = Manifest(
             pipeline=self.pipeline,
             asset=asset,
-            version=version,
+            version=hashlib.sha256(f"{content}{recipe.digest}".encode()).hexdigest()[:DIGITS],
+            content=content,
             recipe=recipe,
+            inputs={artifact.manifest.asset: artifact.version for artifact in inputs},
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
             python=platform.python_version(),
@@ -296,16 +335,22 @@ class PipelineStore:
             files=files,
         )
         self._write(staging / MANIFEST, manifest.model_dump_json(indent=2))
-        path = self.folder / asset / version
+        path = self.folder / asset / manifest.version
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not (path / MANIFEST).is_file():
-            try:
-                staging.rename(path)
-            except OSError:
-                # Another run published the same version first; anything else is a real error.
-                if not (path / MANIFEST).is_file():
-                    raise
-        return self.get(asset, version)
+        if path.is_dir() and not self.get(asset, manifest.version).is_whole():
+            self.remove_folder(path)
+        try:
+            staging.rename(path)
+        except OSError:
+            # Another run published the same version first; anything else is a real error.
+            if not (path / MANIFEST).is_file():
+                raise
+            shutil.rmtree(staging)
+        return self.get(asset, manifest.version)
+
+    def _make_current(self, artifact: Artifact, reused: bool) -> None:
+        pointer = self.folder / artifact.manifest.asset / "current.json"
+        self._write(pointer, json.dumps({"version": artifact.version, "reused": reused}))
 
     @staticmethod
     def _write(path: Path, text: str) -> None:
@@ -323,11 +368,16 @@ def pipelines_in(root: Path) -> Iterator[PipelineStore]:
                 yield PipelineStore(root, folder.name)
 
 
-def _content_version(folder: Path, names: Sequence[str]) -> str:
+def _may_be_alive(staging_name: str) -> bool:
+    _, machine, process, _ = staging_name.split("~")
+    return machine != platform.node() or psutil.pid_exists(int(process))
+
+
+def _content_id(folder: Path, names: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
         digest.update(f"{name}\0{sha256_of(folder / name)}\0".encode())
-    return digest.hexdigest()[:VERSION_DIGITS]
+    return digest.hexdigest()[:DIGITS]
 
 
 def sha256_of(path: Path) -> str:

@@ -38,7 +38,9 @@ def report(pipeline: str) -> None:
     Console().print(terminal_table(evaluation.path))
     for asset in ("embedder", "reranker"):
         artifact = store.get(asset, evaluation.input(asset))
-        click.echo(f"{asset:<9} {artifact.path / MODEL_FOLDER}")
+        made = artifact.manifest.created_at[:16].replace("T", " ")
+        told = f"made {made} UTC; nothing changed since, so the last run did not train" if store.was_reused(asset) else ""
+        click.echo(f"{asset:<9} {artifact.path / MODEL_FOLDER}{f'  ({told})' if told else ''}")
     click.echo(f"report    {evaluation.path / REPORT_FILE}")
 
 
@@ -58,7 +60,7 @@ def versions(pipeline: str | None) -> None:
                     artifact.version,
                     artifact.manifest.created_at[:19].replace("T", " "),
                     _size(artifact.size()),
-                    ", ".join(f"{name} {version[:16]}" for name, version in artifact.manifest.recipe.inputs.items()),
+                    ", ".join(f"{name} {version}" for name, version in artifact.manifest.inputs.items()),
                 )
     Console().print(table)
 
@@ -81,6 +83,11 @@ def verify(pipeline: str) -> None:
 def prune(pipeline: str, yes: bool) -> None:
     """Delete versions that nothing current was made from, leftovers of killed runs, and cached embeddings."""
     store = _store(pipeline)
+    if making := store.in_the_making():
+        raise click.ClickException(
+            f"a run is making {', '.join(path.name.split('~')[0] for path in making)} and may need what would go. "
+            f"Wait for it; if it died on another machine, delete {making[0]}"
+        )
     old = store.prunable()
     for artifact in old:
         click.echo(f"{_verb(yes)} {_title(artifact)} ({_size(artifact.size())})")

@@ -43,4 +43,10 @@ def load_folder(folder: Path, module_name: str) -> dg.Definitions:
         warnings.simplefilter("ignore", dg.BetaWarning)  # as `load_from_defs_folder` does
         tree = dg.ComponentTree.from_module(defs_module=module, project_root=folder).build_defs()
     # A second component tree cannot be merged with that of the project: keep what it defined.
-    return dg.Definitions(assets=tree.assets, asset_checks=tree.asset_checks, jobs=tree.jobs)
+    return dg.Definitions(
+        assets=tree.assets,
+        asset_checks=tree.asset_checks,
+        jobs=tree.jobs,
+        schedules=tree.schedules,
+        sensors=tree.sensors,
+    )

@@ -10,19 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from embed_pipeline import __version__
 from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Recipe, RunIds, store_root
-from embed_pipeline.errors import ArtifactError
-from embed_pipeline.launch.torchrun import processes_per_node
+from embed_pipeline.errors import ArtifactError, CleaningError
+from embed_pipeline.launch.torchrun import has_gpu_driver, processes_per_node
 from embed_pipeline.launch.training import launch_training
+from embed_pipeline.models.folder import pair_length
 from embed_pipeline.models.source import locate, weights_digest
-from embed_pipeline.settings import MiningSettings, ModelSource, PipelineSettings, Settings
+from embed_pipeline.settings import MiningSettings, ModelSource, PipelineSettings, Settings, TrainingSettings
 from embed_pipeline.sources.fingerprint import fingerprint
 from embed_pipeline.sources.read import read_sources
 from embed_pipeline.sources.script import run_script
@@ -30,15 +32,11 @@ from embed_pipeline.tables import (
     CANDIDATES,
     CANDIDATES_FILE,
     HARD_NEGATIVES_FILE,
-    MERGED_FILE,
     PASSAGES_FILE,
-    PER_QUERY_FILE,
     QRELS_FILE,
     QUERIES_FILE,
-    RANKINGS_FILE,
     RAW_FILE,
-    REFUSED_FILE,
-    REJECTED_FILE,
+    WITHHELD_FILE,
     write,
 )
 from embed_pipeline.tracking.runs import TrackedRun, tracked_run
@@ -80,12 +78,15 @@ class Pipeline:
         """This pipeline in one Dagster run, with the stages' settings that were changed for it."""
         return replace(self, dagster_run_id=dagster_run_id, settings=self.settings.model_copy(update=changed))
 
-    def recipe(self, asset: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> Recipe:
+    def recipe(
+        self, asset: str, inputs: Sequence[Artifact], digests: Mapping[str, str], settings: Mapping[str, Any]
+    ) -> Recipe:
+        """What decides the result: `digests` of models and files, and of each input artifact its content."""
         return Recipe(
-            inputs=dict(inputs),
+            inputs={**digests, **{artifact.manifest.asset: artifact.content for artifact in inputs}},
             settings=dict(settings),
             seed=self.settings.seed,
-            code_version=CODE_VERSIONS[asset],
+            code_version=f"{__version__}.{CODE_VERSIONS[asset]}",
         )
 
     def untracked(self, report: BaseModel) -> Made:
@@ -105,10 +106,11 @@ def make_raw_pairs(pipeline: Pipeline) -> Produced:
     source = pipeline.settings.source
     run_script(source, pipeline.folder)
     files = json.dumps(fingerprint(source, pipeline.folder), sort_keys=True)
-    inputs = {"files": hashlib.sha256(files.encode()).hexdigest()[:16]}
+    digests = {"files": hashlib.sha256(files.encode()).hexdigest()[:16]}
     return pipeline.store.produce(
         "raw_pairs",
-        pipeline.recipe("raw_pairs", inputs, source.model_dump(mode="json")),
+        pipeline.recipe("raw_pairs", [], digests, source.model_dump(mode="json")),
+        [],
         lambda out: pipeline.untracked(read_sources(source, pipeline.folder, out)),
         content=[RAW_FILE],
     )
@@ -116,16 +118,22 @@ def make_raw_pairs(pipeline: Pipeline) -> Produced:
 
 def make_cleaned_pairs(pipeline: Pipeline) -> Produced:
     """Raw rows -> queries, passages, qrels with leak-proof splits, and every dropped row with its reason."""
-    from embed_pipeline.cleaning.clean import clean
-
     settings = pipeline.settings
     raw = pipeline.store.current("raw_pairs")
-    return pipeline.store.produce(
-        "cleaned_pairs",
-        pipeline.recipe("cleaned_pairs", {"raw_pairs": raw.version}, settings.cleaning.model_dump(mode="json")),
-        lambda out: pipeline.untracked(clean(raw.path / RAW_FILE, settings.cleaning, settings.seed, out)),
-        content=[QUERIES_FILE, PASSAGES_FILE, QRELS_FILE, REJECTED_FILE, MERGED_FILE],
-    )
+
+    def make(out: Path) -> Made:
+        from embed_pipeline.cleaning.clean import clean
+        from embed_pipeline.cleaning.verify import verify
+
+        report = clean(raw.path / RAW_FILE, settings.cleaning, settings.seed, out)
+        if broken := verify(out, raw.path / RAW_FILE):
+            raise CleaningError(f"cleaning broke its own promises, nothing is published: {'; '.join(broken)}")
+        return pipeline.untracked(report)
+
+    recipe = pipeline.recipe("cleaned_pairs", [raw], {}, settings.cleaning.model_dump(mode="json"))
+    # What was rejected is not handed over: a raw row more that is dropped must not retrain anything.
+    handed_over = [QUERIES_FILE, PASSAGES_FILE, QRELS_FILE, WITHHELD_FILE]
+    return pipeline.store.produce("cleaned_pairs", recipe, [raw], make, content=handed_over)
 
 
 def make_hard_negatives(pipeline: Pipeline) -> Produced:
@@ -133,18 +141,14 @@ def make_hard_negatives(pipeline: Pipeline) -> Produced:
     settings = pipeline.settings
     cleaned = pipeline.store.current("cleaned_pairs")
     base = locate(settings.embedder.base_model, pipeline.folder)
-    told = {
-        "mining": settings.mining.model_dump(mode="json"),
-        "encoding": settings.embedder.encoding.model_dump(mode="json"),
-        "encode_precision": settings.encode_precision,
-    }
+    told = {"encoding": settings.embedder.encoding.model_dump(mode="json"), **_mining_told(pipeline, settings.mining)}
+    digests = {"base_embedder": weights_digest(base), **_veto_digest(pipeline)}
     return pipeline.store.produce(
         "hard_negatives",
-        pipeline.recipe(
-            "hard_negatives", {"cleaned_pairs": cleaned.version, "base_embedder": weights_digest(base)}, told
-        ),
+        pipeline.recipe("hard_negatives", [cleaned], digests, told),
+        [cleaned],
         lambda out: pipeline.untracked(_mine(pipeline, cleaned.path, base_embedder(pipeline), settings.mining, out)),
-        content=[HARD_NEGATIVES_FILE, REFUSED_FILE],
+        content=[HARD_NEGATIVES_FILE],
     )
 
 
@@ -159,13 +163,7 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
     base = locate(settings.base_model, pipeline.folder)
     processes = processes_per_node(settings.nproc_per_node)
     recipe = pipeline.recipe(
-        "embedder",
-        {
-            "cleaned_pairs": cleaned.version,
-            "hard_negatives": negatives.version,
-            "base_embedder": weights_digest(base),
-        },
-        {**settings.model_dump(mode="json"), "processes": processes},
+        "embedder", [cleaned, negatives], {"base_embedder": weights_digest(base)}, _training_told(settings, processes)
     )
 
     def make(out: Path) -> Made:
@@ -181,14 +179,14 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
         )
         return _train(pipeline, "embedder", job, launch, [cleaned, negatives])
 
-    return pipeline.store.produce("embedder", recipe, make, content=None)
+    return pipeline.store.produce("embedder", recipe, [cleaned, negatives], make, content=None)
 
 
 def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produced:
     """Negatives as the fine-tuned embedder retrieves them -> fine-tuned reranker, by one torchrun job."""
     from embed_pipeline.training.job import RerankerJob
 
-    settings = pipeline.settings.reranker
+    settings, window = pipeline.settings.reranker, pipeline.settings.evaluation.rerank_top_k
     mining = pipeline.settings.mining.model_copy(update={"num_negatives": settings.num_negatives})
     embedder = pipeline.store.current("embedder")
     cleaned = pipeline.store.get("cleaned_pairs", embedder.input("cleaned_pairs"))
@@ -196,18 +194,18 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
     processes = processes_per_node(settings.nproc_per_node)
     recipe = pipeline.recipe(
         "reranker",
-        {"cleaned_pairs": cleaned.version, "embedder": embedder.version, "base_reranker": weights_digest(base)},
-        {**settings.model_dump(mode="json"), "mining": mining.model_dump(mode="json"), "processes": processes},
+        [cleaned, embedder],
+        {"base_reranker": weights_digest(base), **_veto_digest(pipeline)},
+        {**_training_told(settings, processes), **_mining_told(pipeline, mining), "rerank_top_k": window},
     )
 
     def make(out: Path) -> Made:
         from embed_pipeline.mining.retrieve import retrieve
 
+        pair_length(base, settings)  # lengths that the model cannot take are told before mining, not after
         fine_tuned = fine_tuned_embedder(pipeline, embedder)
         _mine(pipeline, cleaned.path, fine_tuned, mining, out)
-        candidates = retrieve(
-            cleaned.path, fine_tuned, "dev", settings.dev_top_k, settings.dev_queries, pipeline.settings.seed
-        )
+        candidates = retrieve(cleaned.path, fine_tuned, "dev", window, settings.dev_queries, pipeline.settings.seed)
         write(candidates, CANDIDATES, out / CANDIDATES_FILE)
         job = RerankerJob(
             settings=settings,
@@ -215,47 +213,44 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
             base_model=base,
             trust_remote_code=trust_remote_code,
             cleaned_pairs=cleaned.path,
-            hard_negatives=out,
-            dev_candidates=out / CANDIDATES_FILE,
+            hard_negatives=Path(),
+            dev_candidates=Path(CANDIDATES_FILE),
             output=out,
             world_size=processes,
         )
         return _train(pipeline, "reranker", job, launch, [cleaned, embedder])
 
-    return pipeline.store.produce("reranker", recipe, make, content=None)
+    return pipeline.store.produce("reranker", recipe, [cleaned, embedder], make, content=None)
 
 
 def make_evaluation(pipeline: Pipeline) -> Produced:
     """Base and fine-tuned models on the test split that nothing was trained on -> figures and report."""
     settings = pipeline.settings
     cleaned, embedder, reranker = trained_together(pipeline)
-    embedder.verify()
-    reranker.verify()
+    inputs = [cleaned, embedder, reranker]
+    start, start_trusts = base_reranker(pipeline, embedder)
     told = {
         "evaluation": settings.evaluation.model_dump(mode="json"),
-        "encoding": settings.embedder.encoding.model_dump(mode="json"),
         "encode_precision": settings.encode_precision,
+        "device": device_kind(),
     }
-    recipe = pipeline.recipe(
-        "evaluation",
-        {"cleaned_pairs": cleaned.version, "embedder": embedder.version, "reranker": reranker.version},
-        told,
-    )
 
     def make(out: Path) -> Made:
         from embed_pipeline.evaluation.evaluate import ComparedModels, evaluate
 
-        start, trust_remote_code = base_reranker(pipeline, embedder)
+        # The lengths the reranker was trained with: a run may have changed those of the YAML.
+        trained = reranker.manifest.recipe.settings
         models = ComparedModels(
             base_embedder=locate(settings.embedder.base_model, pipeline.folder),
             base_encoding=settings.embedder.encoding,
             embedder=embedder.path / MODEL_FOLDER,
             base_reranker=start,
-            base_reranker_max_length=settings.reranker.query_max_length + settings.reranker.passage_max_length,
+            base_reranker_max_length=trained["query_max_length"] + trained["passage_max_length"],
             reranker=reranker.path,
-            trust_remote_code=settings.embedder.base_model.trust_remote_code or trust_remote_code,
+            trust_embedder_code=settings.embedder.base_model.trust_remote_code,
+            trust_reranker_code=start_trusts,
         )
-        with pipeline.tracked("evaluation") as tracked:
+        with pipeline.tracked("evaluation") as tracked, _watched(tracked):
             report = evaluate(
                 cleaned.path,
                 models,
@@ -265,11 +260,11 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
                 encode_precision=settings.encode_precision,
                 cache_folder=pipeline.store.embeddings_folder,
                 title=settings.name,
-                versions={a.manifest.asset: a.version for a in (cleaned, embedder, reranker)},
+                versions={a.manifest.asset: a.version for a in inputs},
             )
             if tracked is not None:
                 tracked.log_parameters(told)
-                tracked.log_inputs([cleaned, embedder, reranker])
+                tracked.log_inputs(inputs, "evaluation")
                 tracked.log_metrics({f"{row.system}/{row.metric}": row.value for row in report.summary})
                 tracked.log_folder(out, "evaluation")
         told_in_short = {
@@ -279,27 +274,43 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
         }
         return Made(told_in_short, pipeline.runs(tracked))
 
-    return pipeline.store.produce("evaluation", recipe, make, content=["summary.json", PER_QUERY_FILE, RANKINGS_FILE])
+    return pipeline.store.produce(
+        "evaluation", pipeline.recipe("evaluation", inputs, {}, told), inputs, make, content=None
+    )
 
 
 def trained_together(pipeline: Pipeline) -> tuple[Artifact, Artifact, Artifact]:
-    """Current cleaned pairs, embedder and reranker, if they belong together.
+    """Current cleaned pairs, embedder and reranker, if they belong together and to the base models of the YAML.
 
-    A model trained on another split may have seen what is a test question now, so raises ArtifactError when the
-    lineage of the two models does not lead to the current cleaned pairs and to each other.
+    Raises ArtifactError otherwise: a model trained on another split may have seen what is a test question now, and a
+    gain over a base that it was not trained from means nothing.
     """
     store, name = pipeline.store, pipeline.settings.name
     cleaned, embedder, reranker = (store.current(asset) for asset in ("cleaned_pairs", "embedder", "reranker"))
-    if embedder.input("cleaned_pairs") != cleaned.version:
+    of_embedder, of_reranker = embedder.manifest.recipe, reranker.manifest.recipe
+    if of_embedder.inputs["cleaned_pairs"] != cleaned.content:
         raise ArtifactError(
             f"{name}/embedder {embedder.version} was trained on cleaned_pairs {embedder.input('cleaned_pairs')}, but "
             f"{cleaned.version} is current: its test questions may have been trained on. Materialize "
             f"{name}/hard_negatives, {name}/embedder and {name}/reranker first"
         )
-    if reranker.input("embedder") != embedder.version:
+    base = weights_digest(locate(pipeline.settings.embedder.base_model, pipeline.folder))
+    encoding = pipeline.settings.embedder.encoding.model_dump(mode="json")
+    if of_embedder.inputs["base_embedder"] != base or of_embedder.settings["encoding"] != encoding:
+        raise ArtifactError(
+            f"{name}/embedder {embedder.version} was not trained from the base model and encoding that the YAML names "
+            f"now, so a gain over them would mean nothing. Materialize {name}/hard_negatives, {name}/embedder and "
+            f"{name}/reranker first"
+        )
+    if of_reranker.inputs["embedder"] != embedder.content:
         raise ArtifactError(
             f"{name}/reranker {reranker.version} was trained for embedder {reranker.input('embedder')}, but "
             f"{embedder.version} is current. Materialize {name}/reranker first"
+        )
+    if of_reranker.inputs["base_reranker"] != weights_digest(base_reranker(pipeline, embedder)[0]):
+        raise ArtifactError(
+            f"{name}/reranker {reranker.version} was not trained from the base model that the YAML names now. "
+            f"Materialize {name}/reranker first"
         )
     return cleaned, embedder, reranker
 
@@ -340,6 +351,38 @@ def base_reranker(pipeline: Pipeline, embedder: Artifact) -> tuple[Path, bool]:
     return embedder.path / MODEL_FOLDER, pipeline.settings.embedder.base_model.trust_remote_code
 
 
+def device_kind() -> str:
+    """`gpu` or `cpu`: part of every recipe that computes embeddings or weights, which differ between the two."""
+    return "gpu" if has_gpu_driver() else "cpu"
+
+
+def _training_told(settings: TrainingSettings, processes: int) -> dict[str, Any]:
+    """What of a training's settings decides its weights; the base model stands among the inputs."""
+    unimportant = {"base_model", "logging_steps", "nproc_per_node"}
+    return {
+        **settings.model_dump(mode="json", exclude=unimportant),
+        "processes": processes,
+        "device": device_kind(),
+    }
+
+
+def _mining_told(pipeline: Pipeline, mining: MiningSettings) -> dict[str, Any]:
+    return {
+        "mining": mining.model_dump(mode="json"),
+        "encode_precision": pipeline.settings.encode_precision,
+        "device": device_kind(),
+    }
+
+
+def _veto_digest(pipeline: Pipeline) -> dict[str, str]:
+    veto = pipeline.settings.mining.veto
+    return {} if veto is None else {"veto": weights_digest(locate(veto.model, pipeline.folder))}
+
+
+def _watched(tracked: TrackedRun | None) -> AbstractContextManager[None]:
+    return nullcontext() if tracked is None else tracked.system_metrics_of_this_process()
+
+
 def _mine(pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: MiningSettings, out: Path) -> MiningReport:
     from embed_pipeline.mining.mine import mine
     from embed_pipeline.models.reranker import Reranker
@@ -361,7 +404,7 @@ def _train(pipeline: Pipeline, asset: str, job: TrainingJob, launch: Launch, inp
     with pipeline.tracked(asset) as tracked:
         if tracked is not None:
             tracked.log_parameters(job.model_dump(mode="json"))
-            tracked.log_inputs(inputs)
+            tracked.log_inputs(inputs, "training")
         launch(job, job_file, tracked)
         if tracked is not None and pipeline.settings.tracking.log_model:
             tracked.log_folder(job.output / MODEL_FOLDER, "model")

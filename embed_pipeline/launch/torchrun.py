@@ -35,8 +35,13 @@ def processes_per_node(setting: Literal["auto"] | int) -> int:
     """How many processes a training takes on this machine: one on a CPU, one per visible GPU, or the number given."""
     if setting != "auto":
         return setting
-    if not any(driver.exists() for driver in GPU_DRIVERS):
+    if not has_gpu_driver():
         return 1
     import torch
 
     return max(1, torch.cuda.device_count())
+
+
+def has_gpu_driver() -> bool:
+    """Whether this machine has a GPU that torch may use."""
+    return any(driver.exists() for driver in GPU_DRIVERS)

@@ -50,10 +50,10 @@ def package_folder(package: str, folder: str) -> Path:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a model folder's weights, configuration and tokenizer files."""
+    """SHA-256 over names and contents of a model folder's weights, configuration, tokenizer and Python files."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix in {".safetensors", ".bin", ".json", ".txt", ".model"}:
+        if path.is_file() and path.suffix in {".safetensors", ".bin", ".json", ".txt", ".model", ".py"}:
             digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_of(path)}\0".encode())
     return digest.hexdigest()
 

@@ -44,16 +44,12 @@ def apply_overrides(settings: S, overrides: dg.Config) -> S:
 
 
 def _given(overrides: dg.Config) -> dict[str, Any]:
-    values = {name: getattr(overrides, name) for name in type(overrides).model_fields}
-    return {
-        name: _given(value) if isinstance(value, dg.Config) else value
-        for name, value in values.items()
-        if value is not None
-    }
+    values = {name: getattr(overrides, name) for name in overrides.model_fields_set}
+    return {name: _given(value) if isinstance(value, dg.Config) else value for name, value in values.items()}
 
 
 def _merged(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    nested = {k: _merged(settings[k], v) if isinstance(v, Mapping) else v for k, v in given.items()}
+    nested = {k: _merged(settings[k] or {}, v) if isinstance(v, Mapping) else v for k, v in given.items()}
     return {**settings, **nested}
 
 

@@ -67,20 +67,20 @@ class TrackedRun:
             client.log_batch(self.run_id, params=params)
             client.log_text(self.run_id, json.dumps(settings, indent=2, default=str), "settings.json")
 
-    def log_inputs(self, artifacts: Sequence[Artifact]) -> None:
-        """The data sets this run was made from, by their content version."""
+    def log_inputs(self, artifacts: Sequence[Artifact], context: str) -> None:
+        """The artifacts this run was made from, by their content; `context` says what for."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = [
             DatasetInput(
                 Dataset(
                     name=f"{a.manifest.pipeline}/{a.manifest.asset}",
-                    digest=a.version,
+                    digest=a.content,
                     source_type="local",
                     source=json.dumps({"uri": str(a.path)}),
-                    profile=json.dumps(a.report, default=str)[:60_000],
+                    profile=json.dumps({k: v for k, v in a.report.items() if isinstance(v, int | float)}),
                 ),
-                tags=[InputTag("mlflow.data.context", "training")],
+                tags=[InputTag("mlflow.data.context", context)],
             )
             for a in artifacts
         ]
@@ -96,9 +96,21 @@ class TrackedRun:
         with self._surviving(name) as client:
             client.log_artifacts(self.run_id, str(folder), name)
 
-    def log_file(self, path: Path) -> None:
-        with self._surviving(path.name) as client:
-            client.log_artifact(self.run_id, str(path))
+    @contextmanager
+    def system_metrics_of_this_process(self) -> Iterator[None]:
+        """Record processor, memory and GPU use while the body runs here (a training's rank 0 does it by itself)."""
+        monitor = None
+        if self.system_metrics:
+            with self._surviving("system metrics"):
+                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+                monitor = SystemMetricsMonitor(self.run_id, tracking_uri=tracking_uri())
+                monitor.start()
+        try:
+            yield
+        finally:
+            if monitor is not None:
+                monitor.finish()
 
     @contextmanager
     def _surviving(self, what: str) -> Iterator[Any]:

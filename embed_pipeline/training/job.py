@@ -19,7 +19,10 @@ SERVING_FILE = "serving.json"
 
 
 class TrainingJob(BaseModel):
-    """Paths are absolute; `base_model` is a local folder whose weights were checked by `models.source.locate`."""
+    """`base_model` is a local folder whose weights were checked by `models.source.locate`.
+
+    Relative paths are relative to the job file, so a published job still finds what was published with it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     entry_point: ClassVar[str]  # the module that torchrun runs
@@ -42,9 +45,11 @@ class TrainingJob(BaseModel):
     def read(cls, path: Path) -> Self:
         """Raises TrainingError when the file is not such a job."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            job = cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise TrainingError(f"{path} is not a job for {cls.entry_point}: {error}") from error
+        paths = {name: value for name, value in job if isinstance(value, Path)}
+        return job.model_copy(update={name: path.absolute().parent / value for name, value in paths.items()})
 
 
 class EmbedderJob(TrainingJob):

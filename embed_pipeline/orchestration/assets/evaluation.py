@@ -1,6 +1,6 @@
 """`evaluation`: before and after, on questions nobody trained on."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -10,15 +10,21 @@ from embed_pipeline.orchestration.reporting import markdown_table, materialized,
 from embed_pipeline.settings import EvaluationSettings
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_evaluation
 
+if TYPE_CHECKING:
+    from embed_pipeline.evaluation.results import QueryChange
+
 EvaluationOverrides = overrides_of(EvaluationSettings, "EvaluationOverrides")
 
 
 def evaluation_metadata(evaluation: Artifact) -> dict[str, Any]:
     """The verdict, the figures with their intervals, the gains as a picture, and where the report is."""
     from embed_pipeline.evaluation.plots import gains_plot
+    from embed_pipeline.evaluation.report import read_report
     from embed_pipeline.evaluation.results import REPORT_FILE, Comparison
 
     rows = [Comparison.model_validate(row) for row in evaluation.report["summary"]]
+    details = read_report(evaluation.path).details
+    changes_header = ["query", "rank before", "rank after", "passage"]
     header = ["system", "metric", "value", "gain", "low", "high", "queries"]
     table = [(r.system, r.metric, r.value, r.gain, r.interval_low, r.interval_high, r.num_queries) for r in rows]
     figures = {f"{r.system}_{r.metric}": r.value for r in rows if r.metric == "ndcg_at_10"}
@@ -29,8 +35,16 @@ def evaluation_metadata(evaluation: Artifact) -> dict[str, Any]:
         **figures,
         "figures": markdown_table(header, table),
         "gains": picture(gains, "gain of the embedder over its base, per metric"),
-        "report": dg.MetadataValue.url((evaluation.path / REPORT_FILE).as_uri()),
+        "queries_that_got_better": markdown_table(changes_header, [_change(c) for c in details.better]),
+        "queries_that_got_worse": markdown_table(changes_header, [_change(c) for c in details.worse]),
+        # A browser opens no file:// link from a page served over http: the path is for copying, MLflow has it too.
+        "report": dg.MetadataValue.path(str(evaluation.path / REPORT_FILE)),
     }
+
+
+def _change(change: "QueryChange") -> tuple[str, str, str, str]:
+    before, after = (str(rank) if rank else "below 100" for rank in (change.rank_before, change.rank_after))
+    return change.query, before, after, change.positive
 
 
 def evaluation_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
