@@ -39,8 +39,9 @@ def report(pipeline: str) -> None:
     for asset in ("embedder", "reranker"):
         artifact = store.get(asset, evaluation.input(asset))
         made = artifact.manifest.created_at[:16].replace("T", " ")
-        told = f"made {made} UTC; nothing changed since, so the last run did not train" if store.was_reused(asset) else ""
-        click.echo(f"{asset:<9} {artifact.path / MODEL_FOLDER}{f'  ({told})' if told else ''}")
+        click.echo(f"{asset:<9} {artifact.path / MODEL_FOLDER}")
+        if store.was_reused(asset):
+            click.echo(f"          nothing changed since it was trained ({made} UTC): the last run did not train it again")
     click.echo(f"report    {evaluation.path / REPORT_FILE}")
 
 

@@ -179,9 +179,9 @@ class SourceSettings(Settings):
     extra_corpus: str | None = Field(None, description="more passages that nobody asked about yet")
     extra_corpus_columns: ColumnSettings = ColumnSettings()
     script: Path | None = Field(
-        None, description="Python script run before reading, as `python script OUTPUT_FOLDER`, to (re)build the files"
+        None, description="Python script run before reading, as `python script OUTPUT_FOLDER`, to build the files"
     )
-    script_output: Path | None = Field(None, description="folder handed to `script`; relative to the YAML")
+    script_output: Path | None = Field(None, description="its files; replaced whole by what `script` writes each time")
 
     @model_validator(mode="after")
     def _right_paths(self) -> SourceSettings:

@@ -15,17 +15,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from embed_pipeline import __version__
 from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Recipe, RunIds, store_root
-from embed_pipeline.errors import ArtifactError, CleaningError
+from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError
 from embed_pipeline.launch.torchrun import has_gpu_driver, processes_per_node
 from embed_pipeline.launch.training import launch_training
 from embed_pipeline.models.folder import pair_length
 from embed_pipeline.models.source import locate, weights_digest
 from embed_pipeline.settings import MiningSettings, ModelSource, PipelineSettings, Settings, TrainingSettings
-from embed_pipeline.sources.fingerprint import fingerprint
+from embed_pipeline.sources.fingerprint import fingerprint, refuse_changed
 from embed_pipeline.sources.read import read_sources
 from embed_pipeline.sources.script import run_script
 from embed_pipeline.tables import (
@@ -75,8 +75,15 @@ class Pipeline:
         return cls(settings, folder, PipelineStore(store_root(), settings.name))
 
     def for_run(self, dagster_run_id: str, **changed: Settings) -> Pipeline:
-        """This pipeline in one Dagster run, with the stages' settings that were changed for it."""
-        return replace(self, dagster_run_id=dagster_run_id, settings=self.settings.model_copy(update=changed))
+        """This pipeline in one Dagster run, with the stages' settings that were changed for it.
+
+        Raises ConfigurationError when a changed stage does not go with the others.
+        """
+        settings = {**self.settings.model_dump(), **{stage: given.model_dump() for stage, given in changed.items()}}
+        try:
+            return replace(self, dagster_run_id=dagster_run_id, settings=PipelineSettings.model_validate(settings))
+        except ValidationError as error:
+            raise ConfigurationError(f"this run's overrides do not fit the other stages: {error}") from error
 
     def recipe(
         self, asset: str, inputs: Sequence[Artifact], digests: Mapping[str, str], settings: Mapping[str, Any]
@@ -105,15 +112,17 @@ def make_raw_pairs(pipeline: Pipeline) -> Produced:
     """The user's files -> one raw parquet table."""
     source = pipeline.settings.source
     run_script(source, pipeline.folder)
-    files = json.dumps(fingerprint(source, pipeline.folder), sort_keys=True)
-    digests = {"files": hashlib.sha256(files.encode()).hexdigest()[:16]}
-    return pipeline.store.produce(
-        "raw_pairs",
-        pipeline.recipe("raw_pairs", [], digests, source.model_dump(mode="json")),
-        [],
-        lambda out: pipeline.untracked(read_sources(source, pipeline.folder, out)),
-        content=[RAW_FILE],
-    )
+    files = fingerprint(source, pipeline.folder)
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+
+    def make(out: Path) -> Made:
+        report = read_sources(source, pipeline.folder, out)
+        # A file that was still being written would tie rows to a recipe that other rows have.
+        refuse_changed(files, source, pipeline.folder)
+        return pipeline.untracked(report)
+
+    recipe = pipeline.recipe("raw_pairs", [], {"files": digest}, source.model_dump(mode="json"))
+    return pipeline.store.produce("raw_pairs", recipe, [], make, content=[RAW_FILE])
 
 
 def make_cleaned_pairs(pipeline: Pipeline) -> Produced:

@@ -27,12 +27,12 @@ def retrieve(
     """The `top_k` best passages for the queries of `split` that have a positive, or a seeded sample of them.
 
     Returns a table in `tables.CANDIDATES`, ordered by the queries table, then rank. A positive that is not among the
-    top k is not added: a reranker is to be judged on what it will be given. Raises ArtifactError when the split has
-    no query with a positive.
+    top k is not added: a reranker is to be judged on what it will be given. A split without a query that has a positive
+    gives no rows.
     """
     collection = load_collection(cleaned, (split,))
     if not len(collection.query_ids):
-        raise ArtifactError(f"{cleaned} holds no query of split {split} with a relevant passage: see `cleaning.split`")
+        return CANDIDATES.empty_table()
     rows = sample_rows(len(collection.query_ids), max_queries, seed)
     passages = embedder.encode_passages(collection.texts, progress=progress)
     # All of the split, so that a cached encoding serves whatever the sample.

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import dagster as dg
 import mlflow
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -27,7 +29,8 @@ def made(result: dg.ExecuteInProcessResult) -> dict[str, bool]:
     }
 
 
-def versions(result: dg.ExecuteInProcessResult) -> dict[str, str]:
+def contents(result: dg.ExecuteInProcessResult) -> dict[str, str]:
+    """asset -> the data version Dagster was told."""
     return {
         event.asset_key.path[-1]: event.materialization.tags["dagster/data_version"]
         for event in result.get_asset_materialization_events()
@@ -46,9 +49,9 @@ def test_the_whole_pipeline_and_what_a_second_run_does(make_pipeline: MakePipeli
     assert checks == {
         "splits_do_not_leak_and_rows_add_up": True,
         "no_positive_among_negatives": True,
-        "trained_on_no_test_question": True,
+        "trained_on_no_held_out_question": True,
     }
-    assert versions(first) == {asset: small.store.current(asset).version for asset in ASSETS}
+    assert contents(first) == {asset: small.store.current(asset).content for asset in ASSETS}
     _models_load(small)
     _figures_are_complete(small)
     _metrics_came_live(first)
@@ -57,7 +60,7 @@ def test_the_whole_pipeline_and_what_a_second_run_does(make_pipeline: MakePipeli
     second = small.materialize()
 
     assert made(second) == dict.fromkeys(ASSETS, False)
-    assert versions(second) == versions(first)
+    assert contents(second) == contents(first)
     assert len(_mlflow_runs(small)) == 4
 
     other_rate = small.materialize(config={"embedder": {"learning_rate": 0.002}})
@@ -85,9 +88,8 @@ def _figures_are_complete(small: SmallPipeline) -> None:
     evaluation = small.store.current("evaluation")
     summary = json.loads((evaluation.path / "summary.json").read_text())
     assert {row["system"] for row in summary} == {"bm25", "base_embedder", "embedder", "base_reranker", "reranker"}
-    assert set(summary[0]) == {
-        *("system", "metric", "value", "gain", "interval_low", "interval_high", "num_queries"),
-    }
+    keys = "system, metric, value, gain, interval_low, interval_high, num_queries"
+    assert set(summary[0]) == set(keys.split(", "))
     assert "<html" in (evaluation.path / "report.html").read_text()
     assert evaluation.input("embedder") == small.store.current("embedder").version
 
@@ -138,6 +140,13 @@ def _a_stale_or_changed_model_is_refused(small: SmallPipeline) -> None:
     assert "its test questions may have been trained on" in _failure(refused, "evaluation")
 
     small.materialize("cleaned_pairs")
+    attributes = yaml.safe_load(small.yaml_file.read_text())["attributes"]
+    other_encoding = {**attributes["embedder"], "encoding": {"query_max_length": 12}}
+    write_yaml(small.yaml_file, {**attributes, "embedder": other_encoding})
+    refused = small.materialize("evaluation", raise_on_error=False)
+    assert "not trained from the base model and encoding that the YAML names now" in _failure(refused, "evaluation")
+
+    write_yaml(small.yaml_file, attributes)
     weights = small.store.current("embedder").path / "model" / "model.safetensors"
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
@@ -167,29 +176,29 @@ def test_the_cause_of_a_failing_training_is_the_error_of_the_asset(make_pipeline
     assert statuses == {"run": "FAILED", "embedder": "FAILED"}
 
 
-def test_the_same_files_in_another_place_make_the_same_versions(
+def test_the_same_files_in_another_place_make_the_same_contents(
     make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = make_pipeline()
     tables = ("raw_pairs", "cleaned_pairs", "hard_negatives")
-    first = versions(small.materialize(*tables))
+    first = contents(small.materialize(*tables))
 
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "other"))
     (tmp_path / "other").mkdir()
     elsewhere = tmp_path / "moved"
     (tmp_path / "defs").rename(elsewhere)
-    again = versions(SmallPipeline(elsewhere, tmp_path / "other", small.store).materialize(*tables))
+    again = contents(SmallPipeline(elsewhere, tmp_path / "other", small.store).materialize(*tables))
 
     assert again == first
 
 
 def test_another_seed_makes_other_splits(make_pipeline: MakePipeline) -> None:
     small = make_pipeline()
-    first = versions(small.materialize("raw_pairs", "cleaned_pairs"))
+    first = contents(small.materialize("raw_pairs", "cleaned_pairs"))
     attributes = yaml.safe_load(small.yaml_file.read_text())["attributes"]
     write_yaml(small.yaml_file, {**attributes, "seed": 8})
 
-    again = versions(small.materialize("raw_pairs", "cleaned_pairs"))
+    again = contents(small.materialize("raw_pairs", "cleaned_pairs"))
 
     assert again["raw_pairs"] == first["raw_pairs"]
     assert again["cleaned_pairs"] != first["cleaned_pairs"]
@@ -202,3 +211,28 @@ def test_an_override_that_cannot_be_is_refused_before_any_work(make_pipeline: Ma
     result = small.materialize("cleaned_pairs", config={"cleaned_pairs": {"split": {"dev": 0.9}}}, raise_on_error=False)
 
     assert "dev + test must leave rows for train; found 0.9 + 0.2" in _failure(result, "cleaned_pairs")
+
+
+def test_overrides_reach_the_check_of_what_they_made(make_pipeline: MakePipeline) -> None:
+    small = make_pipeline()
+    small.materialize("raw_pairs", "cleaned_pairs")
+
+    # Far laxer than the YAML: judged by the YAML's ratio these negatives would be too near.
+    result = small.materialize("hard_negatives", config={"hard_negatives": {"max_score_ratio": 1.0}})
+
+    assert [e.passed for e in result.get_asset_check_evaluations()] == [True]
+
+
+def test_a_row_more_that_is_dropped_retrains_nothing(make_pipeline: MakePipeline) -> None:
+    small = make_pipeline()
+    tables = ("raw_pairs", "cleaned_pairs", "hard_negatives")
+    first = contents(small.materialize(*tables))
+    raw = small.yaml_file.parent / "raw" / "pairs.parquet"
+    rows = pq.read_table(raw)
+    pq.write_table(pa.concat_tables([rows, rows.slice(0, 1)]), raw)
+
+    again = small.materialize(*tables)
+
+    assert made(again) == {"raw_pairs": True, "cleaned_pairs": True, "hard_negatives": False}
+    assert contents(again)["cleaned_pairs"] == first["cleaned_pairs"]
+    assert small.store.current("cleaned_pairs").report["rejected_by_reason"]["duplicate"] == 1
