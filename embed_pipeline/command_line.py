@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_in, store_root
 from embed_pipeline.errors import UserError
@@ -41,7 +40,9 @@ def report(pipeline: str) -> None:
         made = artifact.manifest.created_at[:16].replace("T", " ")
         click.echo(f"{asset:<9} {artifact.path / MODEL_FOLDER}")
         if store.was_reused(asset):
-            click.echo(f"          nothing changed since it was trained ({made} UTC): the last run did not train it again")
+            click.echo(
+                f"          nothing changed since it was trained ({made} UTC): the last run did not train it again"
+            )
     click.echo(f"report    {evaluation.path / REPORT_FILE}")
 
 
@@ -49,21 +50,15 @@ def report(pipeline: str) -> None:
 @click.argument("pipeline", required=False)
 def versions(pipeline: str | None) -> None:
     """List every version, oldest first, and what it was made from (* marks the current one)."""
-    table = Table("", "asset", "version", "made", "size", "made from")
     for store in [_store(pipeline)] if pipeline else pipelines_in(store_root()):
         for asset in ASSETS:
             current = store.current(asset).version if store.has_current(asset) else None
             for artifact in store.versions(asset):
-                mark = "*" if artifact.version == current else ""
-                table.add_row(
-                    mark,
-                    f"{store.pipeline}/{asset}",
-                    artifact.version,
-                    artifact.manifest.created_at[:19].replace("T", " "),
-                    _size(artifact.size()),
-                    ", ".join(f"{name} {version}" for name, version in artifact.manifest.inputs.items()),
-                )
-    Console().print(table)
+                mark = "*" if artifact.version == current else " "
+                made = artifact.manifest.created_at[:16].replace("T", " ")
+                click.echo(f"{mark} {_title(artifact):<50} {made} UTC  {_size(artifact.size()):>7}")
+                for name, version in artifact.manifest.inputs.items():
+                    click.echo(f"      from {name} {version}")
 
 
 @main.command()

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from embed_pipeline.errors import ArtifactError
 from embed_pipeline.mining.mine import EncodesTexts
 from embed_pipeline.models.collection import load_collection
 from embed_pipeline.models.search import search

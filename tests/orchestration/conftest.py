@@ -17,12 +17,13 @@ import yaml
 from embed_pipeline.artifacts import PipelineStore
 from embed_pipeline.definitions import load_folder
 
-WORDS = (
+SENTENCE = (
     "river stone cloud engine paper window garden silver mountain letter bridge candle forest mirror pocket winter "
     "thunder basket copper valley ladder feather harbor island jacket kettle lantern meadow needle orchard pepper "
     "quarry ribbon saddle timber umbrella velvet whistle yellow zipper anchor barrel cactus dragon emerald falcon "
     "glacier hammer ivory jungle"
-).split()
+)
+WORDS = SENTENCE.split()
 
 
 @dataclass(frozen=True)
