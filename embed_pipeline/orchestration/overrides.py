@@ -44,8 +44,13 @@ def apply_overrides(settings: S, overrides: dg.Config) -> S:
 
 
 def _given(overrides: dg.Config) -> dict[str, Any]:
-    values = {name: getattr(overrides, name) for name in overrides.model_fields_set}
-    return {name: _given(value) if isinstance(value, dg.Config) else value for name, value in values.items()}
+    values = {name: getattr(overrides, name) for name in type(overrides).model_fields}
+    # Dagster fills what was left out of nested config with null, so null says: as in the YAML.
+    return {
+        name: _given(value) if isinstance(value, dg.Config) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def _merged(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

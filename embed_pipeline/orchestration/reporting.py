@@ -26,7 +26,7 @@ def readable_errors() -> Iterator[None]:
 def materialized(
     context: dg.AssetExecutionContext, produced: Produced, metadata: Mapping[str, Any]
 ) -> dg.MaterializeResult:
-    """Report a version; the data version is the artifact's, so automation compares content and not times."""
+    """Report a version. Its content is the data version, so automation compares what is handed over, not times."""
     artifact = produced.artifact
     made = f"made {artifact.manifest.created_at}"
     if produced.reused:
@@ -35,7 +35,7 @@ def materialized(
         context.log.info(f"published version {artifact.version} at {artifact.path}")
     links = {"mlflow": dg.MetadataValue.url(link)} if (link := artifact.manifest.runs.mlflow_link) else {}
     return dg.MaterializeResult(
-        data_version=dg.DataVersion(artifact.version),
+        data_version=dg.DataVersion(artifact.content),
         metadata={
             **metadata,
             **links,
