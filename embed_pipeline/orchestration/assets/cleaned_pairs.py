@@ -41,6 +41,7 @@ def cleaning_metadata(cleaned: Artifact) -> dict[str, Any]:
         "passages": report.passages,
         "near_duplicate_clusters": report.near_duplicate_clusters,
         "merged_rows": report.merged_rows,
+        "withheld_pairs": report.withheld_pairs,
         "groups": report.groups,
         "largest_group": report.largest_group,
     }
