@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from embed_pipeline.launch.ending import leave, run_and_leave
 from embed_pipeline.models.embedder import Embedder, encoding_of
 from embed_pipeline.training.dev_set import EmbedderDevSet
 from embed_pipeline.training.engines import module_of
@@ -46,7 +47,9 @@ def main(job_file: Path) -> None:
     wait_for_all()
     if rank.is_main:
         remove_work_folder(job)
+    if rank.world_size > 1:
+        leave()  # before anything of the process group is destroyed
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_and_leave(lambda: main(Path(sys.argv[1])))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from embed_pipeline.launch.ending import leave, run_and_leave
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.training.dev_set import RerankerDevSet
 from embed_pipeline.training.engines import module_of
@@ -51,6 +52,8 @@ def main(job_file: Path) -> None:
     wait_for_all()
     if rank.is_main:
         remove_work_folder(job)
+    if rank.world_size > 1:
+        leave()  # before anything of the process group is destroyed
 
 
 def _embedder_weight(job: RerankerJob, by_weight: dict[float, float]) -> float:
@@ -63,4 +66,4 @@ def _embedder_weight(job: RerankerJob, by_weight: dict[float, float]) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_and_leave(lambda: main(Path(sys.argv[1])))
