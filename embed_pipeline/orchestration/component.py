@@ -8,7 +8,6 @@ from pathlib import Path
 import dagster as dg
 from pydantic import BaseModel
 
-from embed_pipeline.artifacts import PipelineStore, store_root
 from embed_pipeline.errors import ConfigurationError, ModelError
 from embed_pipeline.models.source import locate
 from embed_pipeline.orchestration.assets import ASSET_FACTORIES
@@ -58,7 +57,7 @@ class RetrievalPipeline(dg.Component):
             _check_local_models(settings, folder)
         except (ConfigurationError, ModelError) as error:
             raise type(error)(f"{yaml_file}: {error}") from error
-        return cls(Pipeline(settings, folder, PipelineStore(store_root(), settings.name)))
+        return cls(Pipeline.of(settings, folder))
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         assets = [factory(self.pipeline) for factory in ASSET_FACTORIES]

@@ -22,6 +22,12 @@ def valid_name(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
 
 
+def fail_in_seconds() -> None:
+    """Have MLflow's client give up on a dead server in seconds, not after its default of minutes of retries."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+
 class MetricsLogger:
     """Joins the MLflow run named by MLFLOW_RUN_ID and logs to it."""
 
@@ -43,9 +49,7 @@ class MetricsLogger:
         run_id = os.environ.get("MLFLOW_RUN_ID")
         if not run_id or not os.environ.get("MLFLOW_TRACKING_URI"):
             return None
-        # A dead server must fail in seconds, not after the client's default of minutes of retries.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        fail_in_seconds()
         system_metrics = os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").lower() == "true"
         try:
             return cls(run_id, system_metrics=system_metrics)

@@ -17,7 +17,7 @@ from typing import Any
 
 from embed_pipeline.artifacts import Artifact, home
 from embed_pipeline.settings import TrackingSettings
-from embed_pipeline.tracking.metrics import valid_name
+from embed_pipeline.tracking.metrics import fail_in_seconds, valid_name
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +132,7 @@ def tracked_run(
     """
     import mlflow
 
-    # A dead server must fail in seconds, not after the client's default of minutes of retries.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    fail_in_seconds()
     try:
         client = mlflow.MlflowClient(tracking_uri())
         experiment_id = _experiment(client, settings.experiment or pipeline)
