@@ -3,6 +3,7 @@
     <store>/<pipeline>/<asset>/<version>/...      one published version, with its manifest.json
     <store>/<pipeline>/<asset>/recipes/<digest>   which version a recipe made
     <store>/<pipeline>/<asset>/current.json       the version that later stages use
+    <store>/<pipeline>/.runs/<run>/<asset>        the version that one run made or found, which its later stages use
     <store>/<pipeline>/.staging/                  what is being made
     <store>/<pipeline>/.embeddings/               encoded texts, by model and content; can be deleted
 
@@ -32,7 +33,7 @@ from pydantic import BaseModel, ConfigDict
 
 from embed_pipeline.errors import ArtifactError
 
-ASSETS = ("raw_pairs", "cleaned_pairs", "hard_negatives", "embedder", "reranker", "evaluation")
+ASSETS = ("raw_pairs", "cleaned_pairs", "hard_negatives", "embedder", "merged_embedder", "reranker", "evaluation")
 MANIFEST = "manifest.json"
 DIGITS = 16
 LIBRARIES = (
@@ -176,16 +177,23 @@ class Produced:
 class PipelineStore:
     """The versions of one pipeline."""
 
-    def __init__(self, root: Path, pipeline: str) -> None:
+    def __init__(self, root: Path, pipeline: str, run: str | None = None) -> None:
         self.folder = root / pipeline
         self.pipeline = pipeline
+        self.run = run  # an orchestrator's run: its stages pass their versions on to each other, whatever others do
 
     @property
     def embeddings_folder(self) -> Path:
         return self.folder / ".embeddings"
 
     def current(self, asset: str) -> Artifact:
-        """The version later stages use; raises ArtifactError when the asset was never materialized."""
+        """The version later stages use: this run's own, else the last one made.
+
+        Raises ArtifactError when the asset was never materialized.
+        """
+        of_run = self._of_run(asset)
+        if of_run is not None and of_run.is_file():
+            return self.get(asset, of_run.read_text().strip())
         pointer = self.folder / asset / "current.json"
         if not pointer.is_file():
             raise ArtifactError(
@@ -211,6 +219,11 @@ class PipelineStore:
             raise ArtifactError(f"{self.pipeline}/{asset} has no version {version}; versions there: {known}") from None
         except ValueError as error:
             raise ArtifactError(f"{path / MANIFEST} cannot be read: {error}. {_MEND}") from error
+        if (manifest.pipeline, manifest.asset, manifest.version) != (self.pipeline, asset, version):
+            raise ArtifactError(
+                f"{path} holds {_title(manifest)}, not {self.pipeline}/{asset} version {version}: it was copied there "
+                f"from somewhere else. {_MEND}"
+            )
         return Artifact(path, manifest)
 
     def versions(self, asset: str) -> list[Artifact]:
@@ -351,6 +364,11 @@ class PipelineStore:
     def _make_current(self, artifact: Artifact, reused: bool) -> None:
         pointer = self.folder / artifact.manifest.asset / "current.json"
         self._write(pointer, json.dumps({"version": artifact.version, "reused": reused}))
+        if (of_run := self._of_run(artifact.manifest.asset)) is not None:
+            self._write(of_run, artifact.version)
+
+    def _of_run(self, asset: str) -> Path | None:
+        return self.folder / ".runs" / self.run / asset if self.run else None
 
     @staticmethod
     def _write(path: Path, text: str) -> None:

@@ -16,6 +16,18 @@ Engine = Literal["sentence-transformers", "flag-embedding"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Metric = Literal[
+    "ndcg_at_10",
+    "mrr_at_10",
+    "recall_at_1",
+    "recall_at_5",
+    "recall_at_10",
+    "recall_at_100",
+    "hit_rate_at_1",
+    "hit_rate_at_5",
+    "hit_rate_at_10",
+    "map_at_100",
+]
 # Losses of sentence-transformers that fit our rows: (query, positive, negatives), and (query, group, labels).
 EmbedderLoss = Literal["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"]
 RerankerLoss = Literal[
@@ -423,6 +435,71 @@ class EvaluationSettings(Settings):
     examples: int = Field(15, ge=0, description="queries shown in the report that got better, and that got worse")
 
 
+class GateSettings(Settings):
+    """What a candidate must show on the test split before it takes the champion's place."""
+
+    metric: Metric = Field("ndcg_at_10", description="the primary metric: the one that has to get better")
+    min_gain: float = Field(
+        0.0, ge=0.0, description="smallest gain worth a promotion; whatever it is, chance must be excluded as well"
+    )
+    max_loss: dict[Metric, Share] = Field(
+        {"recall_at_100": 0.01},
+        description="guard metrics on the same questions: the candidate may lose at most so much of each",
+    )
+    min_queries: int = Field(100, ge=1, description="with fewer test questions the answer is: too few to tell")
+
+
+class GuardSettings(Settings):
+    """Another set, of a task that the fine-tuned embedder must not unlearn."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    kind: Literal["beir", "scored"] = Field(
+        description="beir: a folder of corpus, queries and qrels, parquet or BEIR's own jsonl and tsv, measured by "
+        "nDCG@10; scored: a parquet of sentence1, sentence2, score, measured by Spearman's rank correlation"
+    )
+    path: str = Field(description="the folder (beir) or file (scored); relative to the YAML file")
+    split: str | None = Field("test", description="which split of it; null: all rows. Ignored where it has none")
+    max_loss: Share = Field(0.02, description="the candidate may lose at most so much against the base embedder")
+    max_queries: int | None = Field(None, ge=2, description="measure on a seeded sample of this many queries or pairs")
+
+
+class ForgettingSettings(Settings):
+    """Guard sets against forgetting, and model merging as the remedy (LM-Cocktail, arXiv 2311.13534)."""
+
+    guards: tuple[GuardSettings, ...] = ()
+    merging: Literal["off", "offer", "auto"] = Field(
+        "offer",
+        description="where the embedder loses more than a guard allows, interpolate its weights with the base: offer "
+        "shows the trade-off, auto goes on with the best coefficient, chosen on dev and on one half of each guard set "
+        "while the gate judges by the other half",
+    )
+    coefficients: tuple[Share, ...] = Field(
+        (0.2, 0.4, 0.6, 0.8), description="shares of the fine-tuned weights that are tried; 0 and 1 always are"
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ForgettingSettings:
+        names = [guard.name for guard in self.guards]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"forgetting.guards: two sets are called '{min(repeated)}'; give each a name of its own")
+        return self
+
+
+class AutomationSettings(Settings):
+    """What happens without a person. Everything is off until it is asked for."""
+
+    watch: bool = Field(False, description="clean every new state of the raw files once it has settled")
+    watch_interval_seconds: int = Field(60, ge=1, description="time between two looks at the raw files")
+    retrain: str | None = Field(
+        None,
+        description="on_change: as soon as the content of the cleaned pairs changed; a cron line such as '0 2 * * *': "
+        "at that time, if anything changed since the models were trained; unset: never by itself",
+    )
+    timezone: str = Field("UTC", description="of the cron line, e.g. Europe/Berlin")
+    retries: int = Field(1, ge=0, description="times a step is tried again when it failed for a passing reason")
+    max_run_hours: float = Field(24.0, gt=0, description="a run that takes longer is ended")
+
+
 class TrackingSettings(Settings):
     experiment: str | None = Field(None, description="MLflow experiment; the pipeline's name if unset")
     log_model: bool = Field(True, description="upload the model folder to MLflow as well")
@@ -442,7 +519,15 @@ class PipelineSettings(Settings):
     embedder: EmbedderSettings
     reranker: RerankerSettings
     evaluation: EvaluationSettings = EvaluationSettings()
+    forgetting: ForgettingSettings = ForgettingSettings()
+    gate: GateSettings = GateSettings()
+    automation: AutomationSettings = AutomationSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @property
+    def final_embedder(self) -> Literal["embedder", "merged_embedder"]:
+        """The asset whose model goes on to the reranker, the evaluation and the gate."""
+        return "merged_embedder" if self.forgetting.guards and self.forgetting.merging != "off" else "embedder"
 
     @model_validator(mode="after")
     def _enough_negatives(self) -> PipelineSettings:

@@ -80,8 +80,11 @@ class Pipeline:
         Raises ConfigurationError when a changed stage does not go with the others.
         """
         settings = {**self.settings.model_dump(), **{stage: given.model_dump() for stage, given in changed.items()}}
+        store = PipelineStore(self.store.folder.parent, self.settings.name, run=dagster_run_id)
         try:
-            return replace(self, dagster_run_id=dagster_run_id, settings=PipelineSettings.model_validate(settings))
+            return replace(
+                self, dagster_run_id=dagster_run_id, settings=PipelineSettings.model_validate(settings), store=store
+            )
         except ValidationError as error:
             raise ConfigurationError(f"this run's overrides do not fit the other stages: {error}") from error
 

@@ -1,0 +1,190 @@
+"""Who is the champion, and who was when: the pointer in the store, and its history.
+
+    <store>/<pipeline>/champion                    a symbolic link to the promotion in force: the pointer
+    <store>/<pipeline>/promotions/0003/            one entry of the history
+        promotion.json                             who took over, from whom, when, why, by whose hand
+        embedder -> ../../embedder/<version>/model
+        reranker -> ../../reranker/<version>/model
+        serving.json                               the embedder's share in the final score
+
+An entry is written beside the history first and comes into force when the link is moved, in one rename. An entry that
+the link never reached is a promotion that was cut short: it does not count, and the next one takes its number.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from embed_pipeline.artifacts import Artifact, PipelineStore
+from embed_pipeline.errors import ArtifactError
+from embed_pipeline.training.job import MODEL_FOLDER, SERVING_FILE
+
+POINTER = "champion"
+PROMOTIONS = "promotions"
+PROMOTION_FILE = "promotion.json"
+
+Event = Literal["promoted", "rolled_back", "retired"]
+
+
+class RegisteredModel(BaseModel):
+    """One version of a model in MLflow's registry."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    version: str
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+
+class Champion(BaseModel):
+    """An embedder and a reranker that serve together, as versions of the store and of MLflow's registry."""
+
+    model_config = ConfigDict(frozen=True)
+
+    embedder_asset: str  # `embedder`, or `merged_embedder` where it was merged with its base
+    embedder: str  # versions in the store
+    reranker: str
+    cleaned_pairs: str  # what both were trained on
+    evaluation: str  # what promoted them
+    verdict: str  # the gate's sentence
+    registered_embedder: RegisteredModel
+    registered_reranker: RegisteredModel
+
+    @property
+    def key(self) -> str:
+        """The pair's identity, whatever promoted it."""
+        return f"{self.embedder}+{self.reranker}"
+
+
+class Promotion(BaseModel):
+    """An entry of the history: from `at` on, `champion` serves."""
+
+    model_config = ConfigDict(frozen=True)
+
+    number: int
+    event: Event
+    at: str  # UTC, ISO 8601
+    by: str  # who asked for it: a Dagster run, or a user on a machine
+    reason: str
+    champion: Champion | None  # None: nobody serves (retired)
+    replaced: Champion | None  # who served before
+
+
+class History(BaseModel):
+    """All promotions in force so far, oldest first."""
+
+    model_config = ConfigDict(frozen=True)
+
+    promotions: tuple[Promotion, ...] = ()
+
+    @property
+    def champion(self) -> Champion | None:
+        return self.promotions[-1].champion if self.promotions else None
+
+    @property
+    def previous(self) -> Champion | None:
+        """Who served before the champion: what a rollback goes back to."""
+        return self.promotions[-1].replaced if self.promotions else None
+
+    def taken_down(self, key: str) -> Promotion | None:
+        """The rollback or retirement that ended the pair `key`, unless it was promoted again after it."""
+        for promotion in reversed(self.promotions):
+            if promotion.champion is not None and promotion.champion.key == key:
+                return None
+            if promotion.replaced is not None and promotion.replaced.key == key and promotion.event != "promoted":
+                return promotion
+        return None
+
+    def beaten_by(self, key: str) -> Champion | None:
+        """Who served when the pair `key` was promoted, if it is the champion now."""
+        if self.champion is None or self.champion.key != key:
+            return None
+        for promotion in reversed(self.promotions):
+            if promotion.event == "promoted" and promotion.champion is not None and promotion.champion.key == key:
+                return promotion.replaced
+        return None
+
+
+def pointer(store: PipelineStore) -> Path:
+    """Where the champion's models are found: `embedder/` and `reranker/` below it."""
+    return store.folder / POINTER
+
+
+def read_history(store: PipelineStore) -> History:
+    """The promotions in force; raises ArtifactError when an entry of the history is missing or cannot be read."""
+    link = pointer(store)
+    if not link.is_symlink():
+        return History()
+    last = int(link.readlink().name)
+    entries = []
+    for number in range(1, last + 1):
+        path = _entry(store, number) / PROMOTION_FILE
+        try:
+            entries.append(Promotion.model_validate_json(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                f"{path} cannot be read ({error}), but {link} stands behind it: who is the champion cannot be told. "
+                "Restore it from a backup of the store"
+            ) from error
+    return History(promotions=tuple(entries))
+
+
+@contextmanager
+def changing(store: PipelineStore) -> Iterator[History]:
+    """Alone among all processes of this machine: the history as it stands, to be followed by one `record`."""
+    folder = store.folder / PROMOTIONS
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield read_history(store)
+
+
+def record(
+    store: PipelineStore, history: History, event: Event, champion: Champion | None, *, by: str, reason: str
+) -> Promotion:
+    """Bring `champion` into force, inside of `changing`; the last act is one rename, so it happened or it did not."""
+    promotion = Promotion(
+        number=len(history.promotions) + 1,
+        event=event,
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        by=by,
+        reason=reason,
+        champion=champion,
+        replaced=history.champion,
+    )
+    folder = _entry(store, promotion.number)
+    if folder.exists():  # of a promotion that was cut short before the link was moved
+        shutil.rmtree(folder)
+    folder.mkdir()
+    if champion is not None:
+        embedder, reranker = models_of(store, champion)
+        for name, model in (("embedder", embedder), ("reranker", reranker)):
+            (folder / name).symlink_to(Path(os.path.relpath(model.path / MODEL_FOLDER, folder)))
+        shutil.copy2(reranker.path / SERVING_FILE, folder / SERVING_FILE)
+    (folder / PROMOTION_FILE).write_text(promotion.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    link = store.folder / f".{POINTER}.{promotion.number}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(PROMOTIONS) / folder.name)
+    link.replace(pointer(store))
+    return promotion
+
+
+def models_of(store: PipelineStore, champion: Champion) -> tuple[Artifact, Artifact]:
+    """The champion's embedder and reranker in the store; raises ArtifactError when one is gone."""
+    return store.get(champion.embedder_asset, champion.embedder), store.get("reranker", champion.reranker)
+
+
+def _entry(store: PipelineStore, number: int) -> Path:
+    return store.folder / PROMOTIONS / f"{number:04d}"
