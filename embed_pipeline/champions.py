@@ -64,7 +64,7 @@ class Champion(BaseModel):
 
     @property
     def key(self) -> str:
-        """The pair's identity, whatever promoted it."""
+        """The pair's identity, whatever promoted it; see `pair_key`."""
         return f"{self.embedder}+{self.reranker}"
 
 
@@ -115,6 +115,11 @@ class History(BaseModel):
             if promotion.event == "promoted" and promotion.champion is not None and promotion.champion.key == key:
                 return promotion.replaced
         return None
+
+
+def pair_key(embedder: Artifact, reranker: Artifact) -> str:
+    """What `Champion.key` would be for these two."""
+    return f"{embedder.version}+{reranker.version}"
 
 
 def pointer(store: PipelineStore) -> Path:

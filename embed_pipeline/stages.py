@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from embed_pipeline import __version__
 from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Recipe, RunIds, store_root
+from embed_pipeline.champions import Champion, models_of, pair_key, read_history
 from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError
 from embed_pipeline.launch.torchrun import has_gpu_driver, processes_per_node
 from embed_pipeline.launch.training import launch_training
@@ -43,6 +44,7 @@ from embed_pipeline.tracking.runs import TrackedRun, tracked_run
 from embed_pipeline.training.job import JOB_FILE, MODEL_FOLDER, SUMMARY_FILE
 
 if TYPE_CHECKING:
+    from embed_pipeline.evaluation.compared import ChampionModels
     from embed_pipeline.mining.report import MiningReport
     from embed_pipeline.models.embedder import Embedder
     from embed_pipeline.training.job import TrainingJob
@@ -54,7 +56,7 @@ CODE_VERSIONS = {
     "hard_negatives": "1",
     "embedder": "1",
     "reranker": "1",
-    "evaluation": "1",
+    "evaluation": "2",
 }
 
 Launch = Callable[["TrainingJob", Path, "TrackedRun | None"], None]
@@ -236,19 +238,28 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
 
 
 def make_evaluation(pipeline: Pipeline) -> Produced:
-    """Base and fine-tuned models on the test split that nothing was trained on -> figures and report."""
+    """Base models, candidate and champion on the test split -> figures, the gate's verdict, and the report."""
+    from embed_pipeline.evaluation.guard_sets import guard_digest
+
     settings = pipeline.settings
     cleaned, embedder, reranker = trained_together(pipeline)
     inputs = [cleaned, embedder, reranker]
+    champion = reference(pipeline, embedder, reranker)
     start, start_trusts = base_reranker(pipeline, embedder)
     told = {
         "evaluation": settings.evaluation.model_dump(mode="json"),
+        "gate": settings.gate.model_dump(mode="json"),
+        "forgetting": settings.forgetting.model_dump(mode="json", exclude={"coefficients"}),
         "encode_precision": settings.encode_precision,
         "device": device_kind(),
     }
+    digests = {f"guard {g.name}": guard_digest(g, pipeline.folder) for g in settings.forgetting.guards}
 
     def make(out: Path) -> Made:
-        from embed_pipeline.evaluation.evaluate import ComparedModels, evaluate
+        from embed_pipeline.evaluation.compared import ComparedModels
+        from embed_pipeline.evaluation.evaluate import evaluate
+        from embed_pipeline.evaluation.guard_sets import load_guard
+        from embed_pipeline.evaluation.history import history_of
 
         # The lengths the reranker was trained with: a run may have changed those of the YAML.
         trained = reranker.manifest.recipe.settings
@@ -259,6 +270,7 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
             base_reranker=start,
             base_reranker_max_length=trained["query_max_length"] + trained["passage_max_length"],
             reranker=reranker.path,
+            champion=_champion_models(pipeline, champion, cleaned) if champion else None,
             trust_embedder_code=settings.embedder.base_model.trust_remote_code,
             trust_reranker_code=start_trusts,
         )
@@ -269,6 +281,11 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
                 settings.evaluation,
                 settings.seed,
                 out,
+                gate=settings.gate,
+                guards=[load_guard(g, pipeline.folder, settings.seed) for g in settings.forgetting.guards],
+                # Where merging looked at one half of a guard set, the other half judges.
+                guard_part="all" if settings.final_embedder == "embedder" else "judging",
+                history=history_of(pipeline.store),
                 encode_precision=settings.encode_precision,
                 cache_folder=pipeline.store.embeddings_folder,
                 title=settings.name,
@@ -282,12 +299,52 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
         told_in_short = {
             "headline": report.details.headline,
             "verdicts": report.details.verdicts,
+            "metric": settings.gate.metric,
+            "reference": champion.key if champion else None,
+            "gate": report.details.gate.model_dump(mode="json"),
             "summary": [row.model_dump(mode="json") for row in report.summary],
         }
         return Made(told_in_short, pipeline.runs(tracked))
 
-    return pipeline.store.produce(
-        "evaluation", pipeline.recipe("evaluation", inputs, {}, told), inputs, make, content=None
+    recipe = pipeline.recipe("evaluation", inputs, {**digests, "champion": champion.key if champion else "none"}, told)
+    return pipeline.store.produce("evaluation", recipe, inputs, make, content=None)
+
+
+def reference(pipeline: Pipeline, embedder: Artifact, reranker: Artifact) -> Champion | None:
+    """Who the candidate has to beat: the champion, or whom it beat when it is the champion itself."""
+    history = read_history(pipeline.store)
+    candidate = pair_key(embedder, reranker)
+    if history.champion is not None and history.champion.key == candidate:
+        return history.beaten_by(candidate)
+    return history.champion
+
+
+def _champion_models(pipeline: Pipeline, champion: Champion, cleaned: Artifact) -> ChampionModels:
+    """The champion's folders, file by file as they were published, and what it has seen of the test split."""
+    from embed_pipeline.evaluation.compared import ChampionModels
+    from embed_pipeline.evaluation.held_out import seen_in_training
+
+    store = pipeline.store
+    try:
+        embedder, reranker = models_of(store, champion)
+        trained_on = store.get("cleaned_pairs", champion.cleaned_pairs)
+        (negatives,) = store.lineage(embedder)["hard_negatives"]
+        for artifact in (embedder, reranker):
+            artifact.verify()
+    except (ArtifactError, KeyError) as error:
+        raise ArtifactError(
+            f"the champion of {store.pipeline} is not what it was when it was promoted: {error}. A candidate that "
+            "cannot be compared with it is not promoted: restore the folder from a backup, or go back with "
+            f"`embed-pipeline rollback {store.pipeline}`, or take it out of service with `embed-pipeline retire "
+            f"{store.pipeline}`"
+        ) from error
+    rows = (store.get("hard_negatives", negatives).path / HARD_NEGATIVES_FILE, reranker.path / HARD_NEGATIVES_FILE)
+    seen = {query for trained in rows for query in seen_in_training(trained, trained_on.path, cleaned.path)}
+    return ChampionModels(
+        title=f"embedder {embedder.version}, reranker {reranker.version}",
+        embedder=embedder.path / MODEL_FOLDER,
+        reranker=reranker.path,
+        seen=frozenset(seen),
     )
 
 

@@ -4,70 +4,50 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from embed_pipeline.errors import ArtifactError, ModelError
-from embed_pipeline.evaluation.bm25 import K1, B, bm25_search
-from embed_pipeline.evaluation.metrics import Qrels, per_query
-from embed_pipeline.evaluation.report import write_report
-from embed_pipeline.evaluation.results import (
+from embed_pipeline.errors import ArtifactError
+from embed_pipeline.evaluation.bm25 import K1, B
+from embed_pipeline.evaluation.compared import ComparedModels, Rankings, check_folders
+from embed_pipeline.evaluation.comparison import (
     BASE_EMBEDDER,
+    BASE_PAIR,
     BASE_RERANKER,
     BM25,
-    DETAILS_FILE,
+    CHAMPION_EMBEDDER,
+    CHAMPION_PAIR,
     EMBEDDER,
     RERANKER,
     RERANKER_ALONE,
-    SUMMARY_FILE,
     Comparison,
-    Details,
-    EvaluationReport,
-    QueryChange,
     Values,
     compare,
 )
+from embed_pipeline.evaluation.gate import GateReport, judge
+from embed_pipeline.evaluation.guard_sets import GuardSet, Part
+from embed_pipeline.evaluation.history import THIS, HistoryPoint, point_of
+from embed_pipeline.evaluation.metrics import Qrels, per_query
+from embed_pipeline.evaluation.parity import write_parity
+from embed_pipeline.evaluation.report import write_report
+from embed_pipeline.evaluation.results import DETAILS_FILE, SUMMARY_FILE, Details, EvaluationReport, QueryChange
 from embed_pipeline.evaluation.systems import (
     DEPTH,
     Ranking,
-    rank_with_embedder,
-    read_serving,
-    reordered,
-    rerank,
 )
-from embed_pipeline.evaluation.verdict import headline, verdicts
-from embed_pipeline.mining.report import ScoreSummary, excerpt, score_summary
-from embed_pipeline.mining.retrieve import sample_rows
+from embed_pipeline.evaluation.verdict import SYSTEM_NAMES, headline, verdicts
+from embed_pipeline.mining.report import excerpt
 from embed_pipeline.models.collection import Collection, load_collection
-from embed_pipeline.models.embedder import Embedder
 from embed_pipeline.models.folder import has_trained_head
-from embed_pipeline.models.reranker import Reranker
-from embed_pipeline.settings import EncodingSettings, EvaluationSettings, Precision
+from embed_pipeline.settings import EvaluationSettings, GateSettings, Precision
 from embed_pipeline.tables import PER_QUERY, PER_QUERY_FILE, RANKINGS, RANKINGS_FILE, write
 from embed_pipeline.training.job import MODEL_FOLDER
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ComparedModels:
-    """The folders of what is compared. Without rerankers only the embedders and BM25 are."""
-
-    base_embedder: Path  # model folder
-    base_encoding: EncodingSettings  # laid over what that folder says; the fine-tuned one carries its own
-    embedder: Path  # model folder
-    base_reranker: Path | None = None  # model folder; an encoder without a head gets the one training began with
-    base_reranker_max_length: int = 512  # tokens of a pair
-    reranker: Path | None = None  # folder of a version: `model/` and `serving.json`
-    # Whether Python code that comes with a model may run: of the base it holds for the fine-tuned one as well.
-    trust_embedder_code: bool = False
-    trust_reranker_code: bool = False
 
 
 def evaluate(
@@ -77,17 +57,25 @@ def evaluate(
     seed: int,
     out: Path,
     *,
+    gate: GateSettings | None = None,
+    guards: Sequence[GuardSet] = (),
+    guard_part: Part = "all",
+    history: Sequence[HistoryPoint] = (),
     encode_precision: Precision = "auto",
     cache_folder: Path | None = None,
     title: str = "Evaluation",
     versions: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> EvaluationReport:
-    """Compare BM25, both embedders and both rerankers on the test split of a `cleaned_pairs` folder.
+    """Compare BM25, base and fine-tuned models and the champion on the test split of a `cleaned_pairs` folder.
+
+    The verdict of the `gate` on the fine-tuned models is part of the result; embedders are measured on `guard_part` of
+    the guard sets too. `history` are the evaluations before this one.
 
     Writes into `out`: `summary.json`, a list of {system, metric, value, gain, interval_low, interval_high,
     num_queries} with gains over the base embedder on the same queries; `details.json`; `per_query.parquet`;
-    `rankings.parquet` (the first 100 of each query); `report.html`. `versions` (what was compared, made by what) is
+    `rankings.parquet` (the first 100 of each query); `parity.json` (what the models give for a few texts, to compare a
+    registered copy with); `report.html`. `versions` (what was compared, made by what) is
     shown in the report. Test queries without a relevant passage are left out and counted.
 
     Raises ArtifactError when the split has no query to measure on, ModelError when a model is missing or gives NaN.
@@ -99,12 +87,14 @@ def evaluate(
             f"({collection.without_positive} test queries have no relevant passage). Raise `cleaning.split.test`, or "
             "mend the split and relevance columns"
         )
-    _check_folders(models)
-    ranked = _Ranked(collection, models, settings, seed, encode_precision, cache_folder, progress)
+    check_folders(models)
+    gate = gate or GateSettings()
+    ranked = Rankings(collection, models, settings, seed, encode_precision, cache_folder, progress, guards, guard_part)
+    ranked.by_champion()  # first: where it no longer loads, there is nothing to compare with
     ranked.by_bm25()
     ranked.by_embedders()
     ranked.by_rerankers()
-    rankings = {system: ranking.top(DEPTH) for system, ranking in ranked.rankings.items()}
+    rankings = {system: ranked.rankings[system].top(DEPTH) for system in SYSTEM_NAMES if system in ranked.rankings}
     values = _measure(collection, rankings)
     write(_per_query_table(values), PER_QUERY, out / PER_QUERY_FILE)
     tables = [ranking.table(system, collection) for system, ranking in rankings.items()]
@@ -112,113 +102,47 @@ def evaluate(
     summary = compare(
         values, [system for system in rankings if system != RERANKER_ALONE], BASE_EMBEDDER, settings, seed
     )
-    details = _details(ranked, rankings, values, summary, title, dict(versions or {}))
+    verdict = judge(
+        values,
+        gate,
+        settings,
+        seed,
+        seen_by_champion=models.champion.seen if models.champion else (),
+        guards=ranked.guard_results(),
+    )
+    made_from = dict(versions or {})
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    this = point_of(THIS, now, made_from.get("cleaned_pairs", ""), summary, gate.metric, verdict.outcome)
+    details = _details(ranked, rankings, values, summary, verdict, [*history, this], title, made_from)
     _write_json(out / SUMMARY_FILE, [row.model_dump(mode="json") for row in summary])
     _write_json(out / DETAILS_FILE, details.model_dump(mode="json"))
+    if models.reranker is not None:
+        write_parity(
+            collection,
+            models.embedder,
+            models.reranker / MODEL_FOLDER,
+            out,
+            trust_embedder_code=models.trust_embedder_code,
+            trust_reranker_code=models.trust_reranker_code,
+        )
     write_report(out)
     logger.info("%s", details.headline)
+    logger.info("%s", verdict.sentence)
     return EvaluationReport(summary=summary, details=details)
 
 
-def _check_folders(models: ComparedModels) -> None:
-    """Before any work: a missing model is found in a moment, not after half an hour."""
-    wanted = {
-        "base embedder": models.base_embedder,
-        "fine-tuned embedder": models.embedder,
-        "base reranker": models.base_reranker,
-        "fine-tuned reranker": models.reranker / MODEL_FOLDER if models.reranker else None,
-    }
-    for what, folder in wanted.items():
-        if folder is not None and not (folder / "config.json").is_file():
-            raise ModelError(f"the {what} is not at {folder}: expected a Hugging Face model folder with a config.json")
-    if models.reranker is not None:
-        read_serving(models.reranker)
-
-
-@dataclass
-class _Ranked:
-    """Every system's ranking, made one after the other so that one model is in memory at a time."""
-
-    collection: Collection
-    models: ComparedModels
-    settings: EvaluationSettings
-    seed: int
-    precision: Precision
-    cache_folder: Path | None
-    progress: bool
-
-    def __post_init__(self) -> None:
-        self.depth = max(DEPTH, self.settings.rerank_top_k)
-        self.sampled = sample_rows(len(self.collection.query_ids), self.settings.rerank_queries, self.seed)
-        self.rankings: dict[str, Ranking] = {}
-        self.milliseconds: dict[str, float] = {}
-        self.scores: dict[str, ScoreSummary] = {}
-        self.embedder_weight: float | None = None
-        self.dev_by_weight: dict[str, float] = {}
-
-    def by_bm25(self) -> None:
-        queries = self.collection.queries
-        started = time.perf_counter()
-        found = bm25_search(queries, self.collection.texts, self.depth, progress=self.progress)
-        self.milliseconds[BM25] = (time.perf_counter() - started) * 1_000 / len(queries)
-        self.rankings[BM25] = Ranking(np.arange(len(queries)), *found)
-
-    def by_embedders(self) -> None:
-        folders = {
-            BASE_EMBEDDER: (self.models.base_embedder, self.models.base_encoding),
-            EMBEDDER: (self.models.embedder, None),
-        }
-        for system, (folder, encoding) in folders.items():
-            logger.info("encoding %d passages with the %s", len(self.collection.texts), system.replace("_", " "))
-            embedder = Embedder(
-                folder,
-                encoding,
-                precision=self.precision,
-                trust_remote_code=self.models.trust_embedder_code,
-                cache_folder=self.cache_folder,
-            )
-            embedded = rank_with_embedder(self.collection, embedder, self.depth, progress=self.progress)
-            self.rankings[system] = embedded.ranking
-            self.milliseconds[system] = embedded.milliseconds_per_query
-            self.scores[system] = score_summary(
-                {"positive": embedded.positive_scores, "best other passage": embedded.best_other_scores}
-            )
-
-    def by_rerankers(self) -> None:
-        candidates = self.rankings[EMBEDDER].of_rows(self.sampled)
-        if self.models.base_reranker is not None:
-            torch.manual_seed(self.seed)  # the head that training began with, where the base has none
-            length = self.models.base_reranker_max_length
-            logits = self._rerank(BASE_RERANKER, candidates, self.models.base_reranker, length)
-            self.rankings[BASE_RERANKER] = reordered(candidates, logits, 0.0)
-        if self.models.reranker is not None:
-            self.embedder_weight, self.dev_by_weight = read_serving(self.models.reranker)
-            logits = self._rerank(RERANKER, candidates, self.models.reranker / MODEL_FOLDER, None)
-            self.rankings[RERANKER] = reordered(candidates, logits, self.embedder_weight)
-            if self.embedder_weight > 0:
-                self.rankings[RERANKER_ALONE] = reordered(candidates, logits, 0.0)
-
-    def _rerank(self, system: str, candidates: Ranking, folder: Path, max_length: int | None) -> np.ndarray:
-        top_k = self.settings.rerank_top_k
-        logger.info("%s: scoring %d passages for each of %d queries", system, top_k, len(self.sampled))
-        reranker = Reranker(
-            folder, max_length=max_length, precision=self.precision, trust_remote_code=self.models.trust_reranker_code
-        )
-        logits, seconds = rerank(self.collection, candidates, top_k, reranker, progress=self.progress)
-        self.milliseconds[system] = seconds * 1_000 / len(self.sampled)
-        return logits
-
-
 def _details(
-    ranked: _Ranked,
+    ranked: Rankings,
     rankings: Mapping[str, Ranking],
     values: Values,
     summary: list[Comparison],
+    gate: GateReport,
+    history: list[HistoryPoint],
     title: str,
     versions: dict[str, str],
 ) -> Details:
     collection, settings = ranked.collection, ranked.settings
-    against = [system for system in rankings if system not in (BASE_EMBEDDER, EMBEDDER)]
+    against = [system for system in (BM25, BASE_RERANKER, RERANKER, RERANKER_ALONE) if system in rankings]
     over_embedder = compare(values, against, EMBEDDER, settings, ranked.seed)
     base_reranker = ranked.models.base_reranker
     untrained = base_reranker is not None and not has_trained_head(base_reranker)
@@ -227,11 +151,18 @@ def _details(
     claim, figures = headline(summary, settings.confidence)
     return Details(
         title=title,
+        gate=gate,
         claim=claim,
         figures=figures,
         verdicts=verdicts(over_embedder, over_base_reranker, settings.confidence, untrained_head=untrained),
         systems=_descriptions(list(rankings), settings, ranked.embedder_weight, untrained),
-        notes=_notes(collection, settings, len(ranked.sampled), ranked.embedder_weight),
+        notes=_notes(
+            collection,
+            settings,
+            len(ranked.sampled),
+            ranked.embedder_weight,
+            len(ranked.models.champion.seen) if ranked.models.champion else 0,
+        ),
         passages=len(collection.texts),
         queries=len(collection.query_ids),
         queries_without_positive=collection.without_positive,
@@ -241,6 +172,9 @@ def _details(
         dev_ndcg_at_10_by_weight=ranked.dev_by_weight,
         over_embedder=over_embedder,
         over_base_reranker=over_base_reranker,
+        over_champion=_over_champion(values, ranked),
+        seen_by_champion=len(ranked.models.champion.seen) if ranked.models.champion else 0,
+        history=history,
         milliseconds_per_query=ranked.milliseconds,
         scores=ranked.scores,
         better=sorted((c for c in changes if c.change > 0), key=lambda c: -c.change)[: settings.examples],
@@ -271,6 +205,19 @@ def _over_base_reranker(values: Values, settings: EvaluationSettings, seed: int)
     return compare(values, [own], BASE_RERANKER, settings, seed)
 
 
+def _over_champion(values: Values, ranked: Rankings) -> list[Comparison]:
+    champion = ranked.models.champion
+    if champion is None:
+        return []
+    pairs = {EMBEDDER: CHAMPION_EMBEDDER, RERANKER: CHAMPION_PAIR}
+    return [
+        row
+        for system, against in pairs.items()
+        if system in values
+        for row in compare(values, [system], against, ranked.settings, ranked.seed, without=champion.seen)
+    ]
+
+
 def _per_query_table(values: Values) -> pa.Table:
     rows = [
         (system, query_id, metric, value)
@@ -298,12 +245,19 @@ def _descriptions(
         EMBEDDER: "the embedder after fine-tuning",
         BASE_RERANKER: f"the reranker before fine-tuning{head}: reorders {window} by its own score alone",
         RERANKER: f"the reranker after fine-tuning: reorders {window} {share}",
+        BASE_PAIR: "both models before fine-tuning: the base reranker reorders the first "
+        f"{settings.rerank_top_k} passages of the base embedder",
+        CHAMPION_EMBEDDER: "the embedder that serves today",
+        CHAMPION_PAIR: "what serves today: the champion's reranker reorders the first "
+        f"{settings.rerank_top_k} passages of the champion's embedder",
         RERANKER_ALONE: f"the reranker after fine-tuning: reorders {window} by its own score alone",
     }
     return {system: told[system] for system in systems}
 
 
-def _notes(collection: Collection, settings: EvaluationSettings, sampled: int, weight: float | None) -> list[str]:
+def _notes(
+    collection: Collection, settings: EvaluationSettings, sampled: int, weight: float | None, seen: int
+) -> list[str]:
     notes = []
     if collection.without_positive:
         notes.append(
@@ -314,6 +268,11 @@ def _notes(collection: Collection, settings: EvaluationSettings, sampled: int, w
         notes.append(
             f"Rerankers were measured on a seeded sample of {sampled:,} of the {len(collection.query_ids):,} test "
             "questions, and every gain of theirs is over the other system on that same sample."
+        )
+    if seen:
+        notes.append(
+            f"{seen:,} test questions are left out wherever the champion is compared: it was trained on them, or on "
+            "the passages that answer them."
         )
     if weight is not None:
         notes.append(

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from embed_pipeline.drawing import svg_of
-from embed_pipeline.evaluation.results import Comparison
-from embed_pipeline.evaluation.verdict import METRIC_NAMES
+from embed_pipeline.evaluation.comparison import BASE_EMBEDDER, BM25, EMBEDDER, RERANKER, Comparison
+from embed_pipeline.evaluation.history import HistoryPoint
+from embed_pipeline.evaluation.verdict import METRIC_NAMES, SYSTEM_NAMES
 from embed_pipeline.mining.report import ScoreSummary
 
 # matplotlib must be given colours; these stand for the page's CSS variables and are replaced in the drawn text. The
@@ -116,6 +117,36 @@ def changes_plot(changes: np.ndarray, name: str) -> str:
         axes.set_axisbelow(True)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(lambda value, _: _signed(value))
+        return _themed(figure, name)
+
+
+def history_plot(points: Sequence[HistoryPoint], name: str) -> str:
+    """The primary metric of every evaluation in order; rings mark candidates that became champion.
+
+    A dashed line stands where the test set changed: values on its two sides compare only roughly.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(3.1, width=11.0)
+        places = np.arange(len(points))
+        for system, colour in ((BM25, _OTHER), (BASE_EMBEDDER, _MUTED), (EMBEDDER, _ACCENT), (RERANKER, _BETTER)):
+            values = np.array([point.values.get(system, np.nan) for point in points])
+            if not np.isfinite(values).any():
+                continue
+            axes.plot(places, values, "-o", color=colour, markersize=5.5, linewidth=1.6, label=SYSTEM_NAMES[system])
+            crowned = [i for i, point in enumerate(points) if point.served and system in (EMBEDDER, RERANKER)]
+            axes.plot(places[crowned], values[crowned], "o", color="none", markeredgecolor=_INK, markersize=11, mew=1.4)
+        for place in places[1:]:
+            if points[place].test_set != points[place - 1].test_set:
+                axes.axvline(place - 0.5, color=_LINE, linewidth=1, dashes=(4, 3))
+        labels = [point.at[5:16].replace("T", " ") for point in points]
+        shown = places[:: max(1, len(points) // 10)]
+        axes.set_xticks(shown, [labels[place] for place in shown])
+        axes.set_xlim(-0.6, len(points) - 0.4)
+        axes.set_ylabel(METRIC_NAMES[points[-1].metric])
+        axes.grid(axis="y", color=_LINE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.margins(y=0.15)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9.5)
         return _themed(figure, name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,17 @@ from rich.table import Table
 from rich.text import Text
 
 from embed_pipeline.errors import ArtifactError
+from embed_pipeline.evaluation.comparison import BASE_EMBEDDER, BM25, EMBEDDER, RERANKER, Comparison
+from embed_pipeline.evaluation.history import HistoryPoint
 from embed_pipeline.evaluation.metrics import METRICS
-from embed_pipeline.evaluation.plots import changes_plot, gains_plot, scores_plot
-from embed_pipeline.evaluation.results import (
-    BASE_EMBEDDER,
-    BM25,
-    DETAILS_FILE,
-    EMBEDDER,
-    REPORT_FILE,
-    RERANKER,
-    SUMMARY_FILE,
-    Comparison,
-    Details,
-    EvaluationReport,
-)
+from embed_pipeline.evaluation.plots import changes_plot, gains_plot, history_plot, scores_plot
+from embed_pipeline.evaluation.results import DETAILS_FILE, REPORT_FILE, SUMMARY_FILE, Details, EvaluationReport
 from embed_pipeline.evaluation.verdict import METRIC_NAMES, SYSTEM_NAMES, interval, percent, row_of, signed
 from embed_pipeline.tables import PER_QUERY_FILE
 
 _TERMINAL_METRICS = ("ndcg_at_10", "mrr_at_10", "recall_at_10", "hit_rate_at_1", "map_at_100")
+OUTCOMES = {"promote": "Passed the gate", "refuse": "Refused by the gate", "too_few": "Too few to tell"}
+_OF_OUTCOME = {"promote": "green", "refuse": "red", "too_few": "yellow"}
 _COLOURS = {"better": "green", "worse": "red", "undecided": "dim"}
 
 
@@ -49,10 +43,15 @@ def read_report(folder: Path) -> EvaluationReport:
     return EvaluationReport(summary=summary, details=details)
 
 
-def write_report(folder: Path) -> Path:
-    """Write `report.html` beside the figures of an evaluation: no script, no request, light and dark."""
+def write_report(folder: Path, to: Path | None = None, history: Sequence[HistoryPoint] | None = None) -> Path:
+    """The report of the evaluation in `folder`, as one HTML page: no script, no request, light and dark.
+
+    Written beside the figures, or at the file `to`. The history that it shows ends with this evaluation; a later one,
+    with what became of the candidate, can be given.
+    """
     report = read_report(folder)
     details = report.details
+    points = details.history if history is None else list(history)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -70,10 +69,14 @@ def write_report(folder: Path) -> Path:
         interval=lambda row: interval(row, details.confidence),
         verdict=_needed(report.summary, EMBEDDER, "ndcg_at_10").verdict,
         reranker_verdict=_verdict_of(details.over_embedder, RERANKER),
-        plots={name: Markup(svg) for name, svg in _plots(report, folder).items()},
+        outcomes=OUTCOMES,
+        history=list(reversed(points)),
+        plots={name: Markup(svg) for name, svg in _plots(report, folder, points).items()},
     )
-    path = folder / REPORT_FILE
-    path.write_text(page, encoding="utf-8")
+    path = to or folder / REPORT_FILE
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
     return path
 
 
@@ -96,7 +99,12 @@ def terminal_table(folder: Path) -> Group:
     )
     verdict = _needed(report.summary, EMBEDDER, "ndcg_at_10").verdict
     said = "\n".join([details.headline, *details.verdicts.values()])
-    return Group(table, Panel(Text(said), border_style=_COLOURS[verdict]))
+    gate = "\n".join([details.gate.sentence, *details.gate.reasons[1:]])
+    return Group(
+        table,
+        Panel(Text(said), border_style=_COLOURS[verdict]),
+        Panel(Text(gate), title=OUTCOMES[details.gate.outcome], border_style=_OF_OUTCOME[details.gate.outcome]),
+    )
 
 
 def _terminal_cell(row: Comparison) -> Text:
@@ -151,6 +159,19 @@ def _tables(report: EvaluationReport) -> list[dict[str, Any]]:
                 "systems": {EMBEDDER: embedder, **reranked},
             }
         )
+    over_champion = _by_system(details.over_champion)
+    if over_champion:
+        count = next(iter(over_champion.values()))["ndcg_at_10"].num_queries
+        tables.append(
+            {
+                "title": f"Against the champion, on the {count:,} test questions that it was not trained on"
+                if details.seen_by_champion
+                else "Against the champion",
+                "baseline": "",
+                "against": "the champion's embedder, or the champion's pair,",
+                "systems": over_champion,
+            }
+        )
     return tables
 
 
@@ -159,7 +180,7 @@ def _by_system(rows: Sequence[Comparison]) -> dict[str, dict[str, Comparison]]:
     return {system: {row.metric: row for row in rows if row.system == system} for system in systems}
 
 
-def _plots(report: EvaluationReport, folder: Path) -> dict[str, str]:
+def _plots(report: EvaluationReport, folder: Path, history: Sequence[HistoryPoint]) -> dict[str, str]:
     details = report.details
     plots = {"gains": gains_plot([_needed(report.summary, EMBEDDER, metric) for metric in METRICS], "gains")}
     if row_of(details.over_embedder, RERANKER, METRICS[0]):
@@ -169,6 +190,7 @@ def _plots(report: EvaluationReport, folder: Path) -> dict[str, str]:
     for system, scores in details.scores.items():
         plots[f"scores_{system}"] = scores_plot(scores, (min(edges), max(edges)), f"scores_{system}")
     plots["changes"] = changes_plot(_changes(folder), "changes")
+    plots["history"] = history_plot(history, "history")
     return plots
 
 

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from embed_pipeline.evaluation.metrics import METRICS
-from embed_pipeline.evaluation.significance import paired_bootstrap
+from embed_pipeline.evaluation.comparison import Comparison
+from embed_pipeline.evaluation.gate import GateReport
+from embed_pipeline.evaluation.history import HistoryPoint
 from embed_pipeline.mining.report import ScoreSummary
-from embed_pipeline.settings import EvaluationSettings
-
-BM25 = "bm25"
-BASE_EMBEDDER = "base_embedder"
-EMBEDDER = "embedder"
-BASE_RERANKER = "base_reranker"
-RERANKER = "reranker"
-RERANKER_ALONE = "reranker_alone"  # shown only where the embedder's score is blended in
 
 SUMMARY_FILE = "summary.json"
 DETAILS_FILE = "details.json"
@@ -26,23 +16,6 @@ REPORT_FILE = "report.html"
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True)
-
-
-class Comparison(_Part):
-    """One system on one metric, against a baseline on the same queries."""
-
-    system: str
-    metric: str
-    value: float
-    gain: float
-    interval_low: float
-    interval_high: float
-    num_queries: int
-
-    @property
-    def verdict(self) -> str:
-        """better, worse, or undecided where the interval holds 0."""
-        return "better" if self.interval_low > 0 else "worse" if self.interval_high < 0 else "undecided"
 
 
 class QueryChange(_Part):
@@ -61,6 +34,7 @@ class QueryChange(_Part):
 
 class Details(_Part):
     title: str
+    gate: GateReport
     claim: str  # the verdict on the embedder in plain words
     figures: str  # its gain and interval
     verdicts: dict[str, str]  # system -> one plain sentence
@@ -75,7 +49,10 @@ class Details(_Part):
     dev_ndcg_at_10_by_weight: dict[str, float]
     over_embedder: list[Comparison]  # gains over the fine-tuned embedder on the same queries
     over_base_reranker: list[Comparison]  # of the fine-tuned reranker, each ranking by its own score alone
-    milliseconds_per_query: dict[str, float]
+    over_champion: list[Comparison]  # the candidate's embedder and pair over the champion's
+    seen_by_champion: int  # test queries left out there: the champion was trained on them or on their answers
+    history: list[HistoryPoint]  # of all evaluations, oldest first, this one last
+    milliseconds_per_query: dict[str, float]  # of the pairs: embedder and reranker together
     scores: dict[str, ScoreSummary]  # embedder -> similarity of positives and of each query's best other passage
     better: list[QueryChange]
     worse: list[QueryChange]
@@ -96,40 +73,3 @@ class EvaluationReport(_Part):
 
     summary: list[Comparison]
     details: Details
-
-
-Values = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""system -> metric -> query_id -> value"""
-
-
-def compare(
-    values: Values, systems: Sequence[str], baseline: str, settings: EvaluationSettings, seed: int
-) -> list[Comparison]:
-    """Every metric of `systems`, with the gain over `baseline` on the queries that the system was measured on."""
-    rows = []
-    for system in systems:
-        queries = list(values[system][METRICS[0]])
-        own = _matrix(values[system], queries)
-        intervals = paired_bootstrap(
-            own - _matrix(values[baseline], queries),
-            samples=settings.bootstrap_samples,
-            confidence=settings.confidence,
-            seed=seed,
-        )
-        for column, metric in enumerate(METRICS):
-            rows.append(
-                Comparison(
-                    system=system,
-                    metric=metric,
-                    value=float(own[:, column].mean()),
-                    gain=float(intervals.mean[column]),
-                    interval_low=float(intervals.low[column]),
-                    interval_high=float(intervals.high[column]),
-                    num_queries=len(queries),
-                )
-            )
-    return rows
-
-
-def _matrix(of_system: Mapping[str, Mapping[str, float]], queries: Sequence[str]) -> np.ndarray:
-    return np.array([[of_system[metric][query] for metric in METRICS] for query in queries])

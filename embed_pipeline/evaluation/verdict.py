@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from embed_pipeline.evaluation.results import (
+from embed_pipeline.evaluation.comparison import (
     BASE_EMBEDDER,
+    BASE_PAIR,
     BASE_RERANKER,
     BM25,
+    CHAMPION_EMBEDDER,
+    CHAMPION_PAIR,
     EMBEDDER,
     RERANKER,
     RERANKER_ALONE,
@@ -27,11 +30,14 @@ METRIC_NAMES = {
     "hit_rate_at_10": "Hit rate@10",
     "map_at_100": "MAP@100",
 }
-SYSTEM_NAMES = {
+SYSTEM_NAMES = {  # in the order in which they are shown
     BM25: "Keyword search (BM25)",
     BASE_EMBEDDER: "Base embedder",
+    CHAMPION_EMBEDDER: "Champion's embedder",
     EMBEDDER: "Fine-tuned embedder",
     BASE_RERANKER: "Base reranker",
+    BASE_PAIR: "Base embedder and base reranker",
+    CHAMPION_PAIR: "Champion (embedder and reranker)",
     RERANKER: "Fine-tuned reranker",
     RERANKER_ALONE: "Fine-tuned reranker, its score alone",
 }

@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from embed_pipeline.artifacts import Artifact, Produced
 from embed_pipeline.errors import UserError
 from embed_pipeline.training.job import MODEL_FOLDER, TRAINING_LOG_FILE
+
+if TYPE_CHECKING:
+    from embed_pipeline.evaluation.gate import GateReport
 
 
 @contextmanager
@@ -54,6 +57,35 @@ def training_metadata(model: Artifact) -> dict[str, Any]:
     card = (model.path / MODEL_FOLDER / "README.md").read_text()
     figures = {name: value for name, value in model.report.items() if isinstance(value, int | float | str)}
     return {**figures, "curve": curve, "card": dg.MetadataValue.md(card.partition("---\n")[2].partition("---\n")[2])}
+
+
+def gate_metadata(gate: GateReport) -> dict[str, Any]:
+    """The verdict in one sentence, then every demand with what was found."""
+    from embed_pipeline.evaluation.verdict import METRIC_NAMES, SYSTEM_NAMES
+
+    demands = [
+        (
+            "met" if judged.met else "NOT MET",
+            f"{SYSTEM_NAMES[judged.found.system]} {judged.demand} than {SYSTEM_NAMES[judged.against].lower()}",
+            METRIC_NAMES[judged.found.metric],
+            judged.found.baseline_value,
+            judged.found.value,
+            judged.found.gain,
+            f"{judged.found.interval_low:+.4f} to {judged.found.interval_high:+.4f}",
+            judged.found.p_value,
+            judged.found.num_queries,
+            f"{'gain' if judged.demand == 'better' else 'loss'} {judged.allowed:g}",
+        )
+        for judged in gate.judgements
+    ]
+    header = ["", "demand", "metric", "before", "after", "gain", "interval", "p", "queries", "limit"]
+    guards = [("held" if guard.passed else "LOST", guard.sentence) for guard in gate.guards]
+    return {
+        "verdict": gate.sentence,
+        **({"reasons": markdown_table(["why not"], [(reason,) for reason in gate.reasons])} if gate.reasons else {}),
+        "demands": markdown_table(header, demands),
+        **({"guard_sets": markdown_table(["", "guard set"], guards)} if guards else {}),
+    }
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> dg.MarkdownMetadataValue:

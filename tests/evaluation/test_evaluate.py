@@ -17,15 +17,18 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from embed_pipeline.errors import ArtifactError, ModelError
-from embed_pipeline.evaluation.evaluate import ComparedModels, evaluate
+from embed_pipeline.evaluation.compared import ChampionModels, ComparedModels
+from embed_pipeline.evaluation.comparison import Comparison
+from embed_pipeline.evaluation.evaluate import evaluate
+from embed_pipeline.evaluation.history import Served
 from embed_pipeline.evaluation.metrics import METRICS
 from embed_pipeline.evaluation.plots import gains_plot
 from embed_pipeline.evaluation.report import read_report, terminal_table, write_report
-from embed_pipeline.evaluation.results import Comparison, EvaluationReport
+from embed_pipeline.evaluation.results import EvaluationReport
 from embed_pipeline.evaluation.systems import Ranking, reordered
 from embed_pipeline.evaluation.verdict import headline, signed, verdicts
 from embed_pipeline.models.folder import has_trained_head
-from embed_pipeline.settings import EncodingSettings, EvaluationSettings
+from embed_pipeline.settings import EncodingSettings, EvaluationSettings, GateSettings
 from embed_pipeline.tables import PER_QUERY, PER_QUERY_FILE, RANKINGS, RANKINGS_FILE
 
 COUNTRIES = [
@@ -89,7 +92,7 @@ def evaluated(
 def test_summary(evaluated: tuple[Path, EvaluationReport]) -> None:
     out, report = evaluated
     rows = json.loads((out / "summary.json").read_text())
-    keys = {"system", "metric", "value", "gain", "interval_low", "interval_high", "num_queries"}
+    keys = {"system", "metric", "value", "gain", "interval_low", "interval_high", "p_value", "num_queries"}
     assert all(set(row) == keys for row in rows)
     systems = ["bm25", "base_embedder", "embedder", "base_reranker", "reranker"]
     assert [(row["system"], row["metric"]) for row in rows] == [(s, m) for s in systems for m in METRICS]
@@ -179,7 +182,7 @@ def test_page_is_self_contained_and_escapes(evaluated: tuple[Path, EvaluationRep
     assert "&lt;b&gt;today&lt;/b&gt;" in html
     assert "a &amp; b" in html
     assert "abc&lt;123&gt;" in html
-    assert html.count("<svg") == 5
+    assert html.count("<svg") == 6
     assert "prefers-color-scheme: dark" in html
 
 
@@ -189,6 +192,70 @@ def test_terminal_table(evaluated: tuple[Path, EvaluationReport]) -> None:
     text = console.export_text()
     for wanted in ("Fine-tuned embedder", "Keyword search (BM25)", "nDCG@10", "95\N{NO-BREAK SPACE}% interval"):
         assert wanted in text
+
+
+def test_the_champion_is_measured_on_the_same_questions(
+    cleaned: Path, models: ComparedModels, evaluated: tuple[Path, EvaluationReport], tmp_path: Path
+) -> None:
+    """The candidate is MiniLM, the champion the tiny random model; five questions it was trained on do not count."""
+    assert models.reranker is not None
+    seen = frozenset(f"q{i}" for i in range(5))
+    champion = ChampionModels("the old pair", models.base_embedder, models.reranker, seen)
+    cache = evaluated[0].parent / "cache"
+    report = evaluate(
+        cleaned,
+        replace(models, champion=champion),
+        SETTINGS,
+        7,
+        tmp_path,
+        gate=GateSettings(min_queries=5),
+        cache_folder=cache,
+        progress=False,
+    )
+    over = {(row.system, row.metric): row for row in report.details.over_champion}
+    assert over["embedder", "ndcg_at_10"].num_queries == 25
+    assert over["embedder", "ndcg_at_10"].interval_low > 0
+    assert 0 < over["reranker", "ndcg_at_10"].num_queries <= 12
+    against = {judged.against for judged in report.details.gate.judgements}
+    assert against == {"champion_pair", "champion_embedder", "base_embedder", "embedder"}
+    assert report.details.gate.passed, report.details.gate.reasons
+    assert "over the champion" in report.details.gate.sentence
+    systems = {row.system for row in report.summary}
+    assert {"champion_embedder", "champion_pair"} <= systems
+    html = (tmp_path / "report.html").read_text()
+    assert "Passed the gate" in html
+    assert "on the 25 test questions that it was not trained on" in html
+    told = report.details.milliseconds_per_query
+    assert told["champion_pair"] > told["champion_embedder"] > 0
+
+
+def test_a_champion_that_no_longer_loads_stops_the_comparison(
+    cleaned: Path, models: ComparedModels, evaluated: tuple[Path, EvaluationReport], tmp_path: Path
+) -> None:
+    assert models.reranker is not None
+    broken = tmp_path / "broken"
+    shutil.copytree(models.base_embedder, broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    champion = ChampionModels("embedder 0123", broken, models.reranker, frozenset())
+    with pytest.raises(ModelError, match=r"the champion \(embedder 0123\) can no longer be measured: .*rollback"):
+        evaluate(cleaned, replace(models, champion=champion), SETTINGS, 7, tmp_path, progress=False)
+
+
+def test_the_report_is_drawn_again_with_what_became_of_the_candidate(
+    evaluated: tuple[Path, EvaluationReport], tmp_path: Path
+) -> None:
+    out, report = evaluated
+    (this,) = report.details.history
+    assert this.values["embedder"] == pytest.approx(
+        next(r.value for r in report.summary if (r.system, r.metric) == ("embedder", "ndcg_at_10"))
+    )
+    earlier = this.model_copy(update={"version": "0000aaaa", "at": "2026-01-01T00:00:00+00:00", "test_set": "other"})
+    served = [Served(since="2026-02-03T04:05:06+00:00", until=None)]
+    later = this.model_copy(update={"version": "1111bbbb", "served": served})
+    page = write_report(out, tmp_path / "now.html", [earlier, later]).read_text()
+    assert "2026-02-03 04:05 until now" in page
+    assert page.index("1111bbbb") < page.index("0000aaaa"), "the newest comes first"
+    assert "until now" not in (out / "report.html").read_text()
 
 
 def test_same_seed_same_figures(
@@ -208,7 +275,7 @@ def test_without_rerankers(
     report = evaluate(cleaned, alone, SETTINGS, 7, tmp_path, cache_folder=evaluated[0].parent / "cache", progress=False)
     assert {row.system for row in report.summary} == {"bm25", "base_embedder", "embedder"}
     assert report.details.over_base_reranker == []
-    assert (tmp_path / "report.html").read_text().count("<svg") == 4
+    assert (tmp_path / "report.html").read_text().count("<svg") == 5
 
 
 def test_bad_inputs(cleaned: Path, models: ComparedModels, tmp_path: Path) -> None:
@@ -266,7 +333,14 @@ def test_trained_heads_are_recognised(models: ComparedModels, tiny_bert_folder: 
 
 def row(system: str, metric: str, gain: float, low: float, high: float) -> Comparison:
     return Comparison(
-        system=system, metric=metric, value=0.62, gain=gain, interval_low=low, interval_high=high, num_queries=843
+        system=system,
+        metric=metric,
+        value=0.62,
+        gain=gain,
+        interval_low=low,
+        interval_high=high,
+        p_value=0.01,
+        num_queries=843,
     )
 
 

@@ -1,4 +1,4 @@
-"""The paired bootstrap against scipy's, and against what an interval promises."""
+"""Bootstrap and permutation test against scipy's, and against what they promise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from embed_pipeline.evaluation import significance
-from embed_pipeline.evaluation.significance import paired_bootstrap
+from embed_pipeline.evaluation.significance import paired_bootstrap, paired_permutation
 
 
 def test_agrees_with_scipy() -> None:
@@ -42,6 +42,39 @@ def test_seeded_and_independent_of_the_steps(monkeypatch: pytest.MonkeyPatch) ->
     np.testing.assert_allclose(
         once.low, paired_bootstrap(differences, samples=1_000, confidence=0.95, seed=3).low, atol=1e-12
     )
+
+
+def test_permutation_agrees_with_scipy() -> None:
+    draw = np.random.default_rng(0)
+    differences = np.stack(
+        [draw.normal(0.02, 0.2, 150), draw.normal(0.0, 0.2, 150), draw.normal(0.06, 0.2, 150)], axis=1
+    )
+    ours = paired_permutation(differences, samples=20_000, seed=1)
+    for column in range(3):
+        theirs = stats.permutation_test(
+            (differences[:, column],), np.mean, permutation_type="samples", n_resamples=20_000, rng=2
+        )
+        assert ours[column] == pytest.approx(theirs.pvalue, abs=0.012)
+
+
+def test_permutation_of_few_queries_is_the_exact_test() -> None:
+    """Four queries that all got better by the same: 2 of 16 sign patterns are as extreme."""
+    p = paired_permutation(np.full((4, 1), 0.1), samples=40_000, seed=0)
+    assert p[0] == pytest.approx(2 / 16, abs=0.005)
+    assert paired_permutation(np.zeros((4, 1)), samples=100, seed=0)[0] == 1.0
+
+
+def test_permutation_is_right_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(5)
+    p = paired_permutation(draw.normal(0.0, 0.3, (80, 400)), samples=2_000, seed=0)
+    assert np.mean(p <= 0.1) == pytest.approx(0.1, abs=0.045)
+
+
+def test_permutation_does_not_depend_on_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    differences = np.random.default_rng(0).normal(0.05, 1, size=(50, 3))
+    once = paired_permutation(differences, samples=1_000, seed=3)
+    monkeypatch.setattr(significance, "_DRAWS_PER_STEP", 50_000)
+    np.testing.assert_array_equal(once, paired_permutation(differences, samples=1_000, seed=3))
 
 
 def test_bad_input() -> None:

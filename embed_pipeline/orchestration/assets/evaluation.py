@@ -6,7 +6,7 @@ import dagster as dg
 
 from embed_pipeline.artifacts import Artifact
 from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
-from embed_pipeline.orchestration.reporting import markdown_table, materialized, picture, readable_errors
+from embed_pipeline.orchestration.reporting import gate_metadata, markdown_table, materialized, picture, readable_errors
 from embed_pipeline.settings import EvaluationSettings
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_evaluation
 
@@ -18,20 +18,24 @@ EvaluationOverrides = overrides_of(EvaluationSettings, "EvaluationOverrides")
 
 def evaluation_metadata(evaluation: Artifact) -> dict[str, Any]:
     """The verdict, the figures with their intervals, the gains as a picture, and where the report is."""
+    from embed_pipeline.evaluation.comparison import Comparison
     from embed_pipeline.evaluation.plots import gains_plot
     from embed_pipeline.evaluation.report import read_report
-    from embed_pipeline.evaluation.results import REPORT_FILE, Comparison
+    from embed_pipeline.evaluation.results import REPORT_FILE
 
     rows = [Comparison.model_validate(row) for row in evaluation.report["summary"]]
     details = read_report(evaluation.path).details
     changes_header = ["query", "rank before", "rank after", "passage"]
-    header = ["system", "metric", "value", "gain", "low", "high", "queries"]
-    table = [(r.system, r.metric, r.value, r.gain, r.interval_low, r.interval_high, r.num_queries) for r in rows]
+    header = ["system", "metric", "value", "gain over base", "low", "high", "p", "queries"]
+    table = [
+        (r.system, r.metric, r.value, r.gain, r.interval_low, r.interval_high, r.p_value, r.num_queries) for r in rows
+    ]
     figures = {f"{r.system}_{r.metric}": r.value for r in rows if r.metric == "ndcg_at_10"}
     gains = gains_plot([r for r in rows if r.system == "embedder"], "gains")
     return {
-        "verdict": evaluation.report["headline"],
-        **{f"verdict_{system}": sentence for system, sentence in evaluation.report["verdicts"].items()},
+        **gate_metadata(details.gate),
+        "embedder": details.headline,
+        **{f"about_{system}": sentence for system, sentence in evaluation.report["verdicts"].items()},
         **figures,
         "figures": markdown_table(header, table),
         "gains": picture(gains, "gain of the embedder over its base, per metric"),

@@ -1,0 +1,159 @@
+"""The gate's verdict from per-query values: what passes, what does not, and that it says why."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from embed_pipeline.evaluation.guard_sets import GuardResult
+
+from embed_pipeline.evaluation.comparison import Values
+from embed_pipeline.evaluation.gate import GateReport, judge
+from embed_pipeline.evaluation.metrics import METRICS
+from embed_pipeline.settings import EvaluationSettings, GateSettings
+
+EVALUATION = EvaluationSettings(bootstrap_samples=1_000)
+QUERIES = 200
+
+
+def values_of(**means: float | np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
+    """system -> the same value in every metric, with noise that all systems share and a little of their own."""
+    shared = np.random.default_rng(0).normal(0, 0.2, QUERIES)
+    values = {}
+    for number, (system, mean) in enumerate(means.items()):
+        own = np.random.default_rng(number + 1).normal(0, 0.02, QUERIES)
+        of_queries = mean + shared + own - own.mean()
+        values[system] = {metric: {f"q{i}": float(v) for i, v in enumerate(of_queries)} for metric in METRICS}
+    return values
+
+
+def verdict(values: Values, gate: GateSettings | None = None, **more: object) -> GateReport:
+    return judge(values, gate or GateSettings(), EVALUATION, 7, **more)  # type: ignore[arg-type]
+
+
+def test_a_better_pair_passes_and_the_sentence_has_the_figures() -> None:
+    report = verdict(values_of(base_embedder=0.4, embedder=0.5, reranker=0.6))
+    assert report.passed
+    assert report.reasons == []
+    assert report.sentence.startswith("nDCG@10 0.4")
+    assert "→ 0.6" in report.sentence
+    assert "+0.200 [+0." in report.sentence
+    assert report.sentence.endswith("over the base embedder; to be promoted")
+    assert all(judged.found.p_value < 0.01 for judged in report.judgements if judged.demand == "better")
+
+
+@pytest.mark.parametrize(
+    ("means", "said"),
+    [
+        ({"base_embedder": 0.5, "embedder": 0.5, "reranker": 0.5}, "not shown to be better than the base embedder"),
+        ({"base_embedder": 0.5, "embedder": 0.4, "reranker": 0.6}, "embedder loses more than the 0.000 allowed"),
+        ({"base_embedder": 0.5, "embedder": 0.7, "reranker": 0.6}, "reranker loses more than the 0.000 allowed"),
+        ({"base_embedder": 0.6, "embedder": 0.5, "reranker": 0.5}, "not shown to be better than the base embedder"),
+        (
+            {"base_embedder": 0.4, "embedder": 0.5, "reranker": 0.6, "champion_embedder": 0.5, "champion_pair": 0.6},
+            "not shown to be better than the champion",
+        ),
+        (
+            {"base_embedder": 0.4, "embedder": 0.5, "reranker": 0.6, "champion_embedder": 0.55, "champion_pair": 0.56},
+            "fine-tuned embedder loses more than the 0.000 allowed against the champion's embedder",
+        ),
+        (
+            {"base_embedder": 0.4, "base_pair": 0.7, "embedder": 0.5, "reranker": 0.6},
+            "not shown to be better than the base embedder and base reranker",
+        ),
+    ],
+)  # fmt: skip
+def test_a_candidate_that_is_not_better_is_refused(means: dict[str, float], said: str) -> None:
+    report = verdict(values_of(**means))
+    assert report.outcome == "refuse"
+    assert any(said in reason for reason in report.reasons), report.reasons
+    assert "refused: " in report.sentence
+
+
+def test_a_gain_that_may_be_chance_is_refused_and_a_small_real_one_passes_unless_more_is_asked() -> None:
+    noisy = values_of(base_embedder=0.5, embedder=0.5)
+    draw = np.random.default_rng(3).normal(0.01, 0.3, QUERIES)
+    for metric in METRICS:
+        of_base = noisy["base_embedder"][metric]
+        noisy["embedder"][metric] = {q: v + d for (q, v), d in zip(of_base.items(), draw, strict=True)}
+    assert "more than chance" in verdict(noisy).reasons[0]
+
+    small = values_of(base_embedder=0.5, embedder=0.51)
+    assert verdict(small).passed
+    asked = verdict(small, GateSettings(min_gain=0.02))
+    assert asked.outcome == "refuse"
+    assert "a gain of at least 0.020 is needed" in asked.reasons[0]
+
+
+def test_a_guard_metric_may_lose_what_is_allowed_and_no_more() -> None:
+    values = values_of(base_embedder=0.5, embedder=0.6)
+    values["embedder"]["recall_at_100"] = {q: v - 0.03 for q, v in values["base_embedder"]["recall_at_100"].items()}
+    assert "loses more than the 0.010 allowed" in verdict(values).reasons[0]
+    assert "Recall@100" in verdict(values).reasons[0]
+    assert verdict(values, GateSettings(max_loss={"recall_at_100": 0.031})).passed
+    assert verdict(values, GateSettings(max_loss={})).passed
+
+
+def test_another_primary_metric_decides() -> None:
+    values = values_of(base_embedder=0.5, embedder=0.6)
+    values["embedder"]["mrr_at_10"] = dict(values["base_embedder"]["mrr_at_10"])
+    assert verdict(values).passed
+    report = verdict(values, GateSettings(metric="mrr_at_10"))
+    assert report.outcome == "refuse"
+    assert report.sentence.startswith("MRR@10")
+
+
+def test_too_few_questions_are_no_verdict() -> None:
+    values = values_of(base_embedder=0.4, embedder=0.6)
+    report = verdict(values, GateSettings(min_queries=QUERIES + 1))
+    assert report.outcome == "too_few"
+    assert not report.passed
+    assert "200 test questions are too few to tell: gate.min_queries asks for 201" in report.sentence
+    assert verdict(values, GateSettings(min_queries=QUERIES)).passed
+
+
+def test_what_the_champion_was_trained_on_does_not_count_for_it() -> None:
+    values = values_of(base_embedder=0.4, embedder=0.5, champion_embedder=0.45)
+    seen = [f"q{i}" for i in range(150)]
+    for metric in METRICS:  # it knows by heart what it was trained on
+        values["champion_embedder"][metric] |= dict.fromkeys(seen, 1.0)
+    assert verdict(values).outcome == "refuse"
+    report = verdict(values, GateSettings(min_queries=50), seen_by_champion=seen)
+    assert report.passed
+    assert {j.found.num_queries for j in report.judgements if j.against == "champion_embedder"} == {50}
+    assert {j.found.num_queries for j in report.judgements if j.against == "base_embedder"} == {QUERIES}
+    assert verdict(values, seen_by_champion=seen).outcome == "too_few"
+    everything = [f"q{i}" for i in range(QUERIES)]
+    assert verdict(values, seen_by_champion=everything).outcome == "too_few"
+
+
+def test_nan_is_refused_whatever_the_rest_says() -> None:
+    values = values_of(base_embedder=0.4, embedder=0.6)
+    values["embedder"]["ndcg_at_10"]["q7"] = math.nan
+    report = verdict(values)
+    assert report.outcome == "refuse"
+    assert "nDCG@10 of the fine-tuned embedder is not a number for 1 of 200 questions (first: q7)" in report.sentence
+
+
+def test_a_lost_guard_set_refuses() -> None:
+    values = values_of(base_embedder=0.4, embedder=0.6)
+    guard = GuardResult(
+        name="scifact",
+        kind="beir",
+        metric="nDCG@10",
+        items=300,
+        base=0.65,
+        candidate=0.60,
+        champion=None,
+        change=-0.05,
+        interval_low=-0.07,
+        interval_high=-0.03,
+        max_loss=0.02,
+        passed=False,
+        sentence="scifact: nDCG@10 0.650 to 0.600, more than the 0.020 it may lose",
+    )
+    report = verdict(values, guards=[guard])
+    assert report.outcome == "refuse"
+    assert report.reasons == [guard.sentence]
+    assert verdict(values, guards=[guard.model_copy(update={"passed": True})]).passed
