@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from embed_pipeline.evaluation.metrics import METRICS, ndcg_at_10, per_query
+from embed_pipeline.settings import Metric
 
 Graded = dict[str, dict[str, float]]
 
@@ -126,3 +128,7 @@ def test_nothing_uncomputable_becomes_zero() -> None:
         per_query({"q": {"a": 0.0}}, {})
     with pytest.raises(ValueError, match="unknown metric 'ndcg@10'"):
         per_query({"q": {"a": 1.0}}, {}, ["ndcg@10"])
+
+
+def test_the_gate_can_be_told_every_metric() -> None:
+    assert get_args(Metric) == METRICS
