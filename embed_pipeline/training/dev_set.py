@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow.compute as pc
 
 from embed_pipeline.evaluation.metrics import ndcg_at_10
+from embed_pipeline.evaluation.retrieval import ndcg_at_10_of
 from embed_pipeline.models.blend import blend
 from embed_pipeline.models.embedder import Embedder
 from embed_pipeline.models.reranker import Reranker
-from embed_pipeline.models.search import search
 from embed_pipeline.tables import PASSAGES_FILE, QRELS_FILE, QUERIES_FILE
 from embed_pipeline.training.job import EmbedderJob, RerankerJob, TrainingJob
 from embed_pipeline.training.rows import read_passages, read_queries, read_table
@@ -52,17 +52,9 @@ class EmbedderDevSet:
 
     def ndcg_at_10(self, embedder: Embedder) -> float:
         """Mean nDCG@10 of exact search; NaN when an embedding is no number."""
-        queries = embedder.encode_queries(list(self.queries.values()), progress=False)
-        passages = embedder.encode_passages(list(self.passages.values()), progress=False)
-        if not (np.isfinite(queries).all() and np.isfinite(passages).all()):
-            return float("nan")
-        indices, scores = search(queries, passages, 10, device="cpu")
-        ids = list(self.passages)
-        run = {
-            query: {ids[i]: float(score) for i, score in zip(row, row_scores, strict=True)}
-            for query, row, row_scores in zip(self.queries, indices, scores, strict=True)
-        }
-        return fmean(ndcg_at_10(self.qrels, run).values())
+        # On the CPU: a GPU's memory belongs to the training.
+        of_queries = ndcg_at_10_of(embedder, self.queries, self.passages, self.qrels, device="cpu")
+        return fmean(of_queries.values())
 
 
 @dataclass(frozen=True)
