@@ -137,6 +137,8 @@ class Rankings:
                 self.guard_scores[BASE_EMBEDDER][guard.settings.name],
                 self.guard_scores[EMBEDDER][guard.settings.name],
                 self.guard_scores.get(CHAMPION_EMBEDDER, {}).get(guard.settings.name),
+                evaluation=self.settings,
+                seed=self.seed,
             )
             for guard in self.guards
         ]
@@ -204,6 +206,6 @@ class Rankings:
         reranker = Reranker(
             folder, max_length=max_length, precision=self.precision, trust_remote_code=self.models.trust_reranker_code
         )
-        logits, seconds = rerank(self.collection, candidates, top_k, reranker, progress=self.progress)
-        self.milliseconds[system] = seconds * 1_000 / len(self.sampled)
-        return logits
+        reranked = rerank(self.collection, candidates, top_k, reranker, progress=self.progress)
+        self.milliseconds[system] = reranked.milliseconds_per_query
+        return reranked.logits

@@ -29,7 +29,8 @@ def seen_in_training(trained: Path, trained_cleaned: Path, cleaned: Path) -> lis
     rows = duckdb.execute(
         """WITH trained AS (SELECT query_id, unnest(positive_ids) AS passage_id FROM read_parquet($trained)),
         trained_queries AS (
-            SELECT query_id, lower(query) AS query FROM read_parquet($old_queries) AS q SEMI JOIN trained USING (query_id)),
+            SELECT query_id, lower(query) AS query FROM read_parquet($old_queries) AS q
+            SEMI JOIN trained USING (query_id)),
         trained_passages AS (
             SELECT passage_id, lower(text) AS text FROM read_parquet($old_passages) AS p
             SEMI JOIN trained USING (passage_id)),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -92,28 +94,34 @@ def rank_with_embedder(collection: Collection, embedder: Embedder, top_k: int, *
     return Embedded(ranking, positive_scores, scores[at, first[at]], _latency(collection, embedder, passages))
 
 
+@dataclass(frozen=True)
+class Reranked:
+    """What one reranker gives for the first passages of each query."""
+
+    logits: np.ndarray  # (n, window) float32, in the ranking's order
+    milliseconds_per_query: float  # without the retrieval
+
+
 def rerank(
     collection: Collection, ranking: Ranking, rerank_top_k: int, reranker: Reranker, *, progress: bool
-) -> tuple[np.ndarray, float]:
-    """Score the best `rerank_top_k` of each query: (n, window) float32 logits in the ranking's order, seconds.
-
-    Raises ModelError when a score is NaN.
-    """
+) -> Reranked:
+    """Score the best `rerank_top_k` passages of each query. Raises ModelError when a score is NaN."""
     window = ranking.passages[:, :rerank_top_k]
     pairs = [
-        (collection.queries[row], collection.texts[passage])
+        [(collection.queries[row], collection.texts[passage]) for passage in found]
         for row, found in zip(ranking.rows, window.tolist(), strict=True)
-        for passage in found
     ]
-    started = time.perf_counter()
-    logits = reranker.score(pairs, progress=progress)
-    seconds = time.perf_counter() - started
+    logits = reranker.score([pair for of_query in pairs for pair in of_query], progress=progress)
     if np.isnan(logits).any():
         raise ModelError(
             f"{int(np.isnan(logits).sum())} of {len(logits)} scores of the reranker are NaN: its weights are "
             "broken, or the arithmetic overflows. Try `encode_precision: float32`, or train it again"
         )
-    return logits.reshape(window.shape), seconds
+    singly = pairs[: _LATENCY_QUERIES + 1]
+    return Reranked(
+        logits.reshape(window.shape),
+        _median_milliseconds(lambda of_query: reranker.score(of_query, progress=False), singly),
+    )
 
 
 def reordered(ranking: Ranking, logits: np.ndarray, embedder_weight: float) -> Ranking:
@@ -155,13 +163,24 @@ def _is_positive(collection: Collection, indices: np.ndarray) -> np.ndarray:
 
 def _latency(collection: Collection, embedder: Embedder, passages: np.ndarray) -> float:
     """Median milliseconds to encode one query and search the corpus, as a service would."""
-    taken = []
-    for text in collection.queries[: _LATENCY_QUERIES + 1]:
-        started = time.perf_counter()
+
+    def answer(text: str) -> None:
         # Past the cache, which would answer instead of the model.
         with autocast(embedder.precision, embedder.device):
             query = embedder.model.encode_query([text], show_progress_bar=False, normalize_embeddings=True)
         search(np.asarray(query, dtype=np.float32), passages, 10)
+
+    return _median_milliseconds(answer, collection.queries[: _LATENCY_QUERIES + 1])
+
+
+T = TypeVar("T")
+
+
+def _median_milliseconds(answer: Callable[[T], object], one_by_one: Sequence[T]) -> float:
+    taken = []
+    for request in one_by_one:
+        started = time.perf_counter()
+        answer(request)
         taken.append(time.perf_counter() - started)
     # The first call warms up.
     return float(np.median(taken[1:] or taken) * 1_000)
