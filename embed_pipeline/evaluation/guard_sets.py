@@ -12,10 +12,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from embed_pipeline.errors import SourceError
 from embed_pipeline.evaluation.guard_files import RetrievalFiles, ScoredFile, read_pairs, read_retrieval
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Part = Literal["all", "choosing", "judging"]
+# JSON knows no NaN, and pydantic would write null.
+Figure = Annotated[float, PlainSerializer(lambda value: value if math.isfinite(value) else "NaN", when_used="json")]
 METRIC_LABELS = {"beir": "nDCG@10", "scored": "Spearman"}
 _TOLERANCE = 1e-12  # a mean that was summed in another order is the same mean
 
@@ -44,16 +46,16 @@ class GuardScore:
 class GuardResult(BaseModel):
     """What became of one guard set. Figures that are no number are NaN, in JSON "NaN"."""
 
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True)
 
     name: str
     kind: Literal["beir", "scored"]
     metric: str
     items: int  # queries or pairs
-    base: float
-    candidate: float
-    champion: float | None
-    change: float  # candidate - base
+    base: Figure
+    candidate: Figure
+    champion: Figure | None
+    change: Figure  # candidate - base
     interval_low: float | None  # of the change, by paired bootstrap
     interval_high: float | None
     max_loss: float
@@ -113,7 +115,8 @@ class ScoredGuard(GuardSet):
         row_of = {text: row for row, text in enumerate(texts)}
         embeddings = embedder.encode_passages(texts, progress=True).astype(np.float64)
         left, right = (embeddings[[row_of[pair[side]] for pair in pairs]] for side in (0, 1))
-        similarity = (left * right).sum(axis=1)
+        # Beyond float32's precision there is nothing to rank: equal texts are equally alike, on every machine.
+        similarity = np.round((left * right).sum(axis=1), 6)
         expected = self.file.scores[rows]
         return GuardScore(spearman(similarity, expected), similarity, len(pairs), expected)
 
@@ -149,8 +152,8 @@ def judge_guard(
     candidate: GuardScore,
     champion: GuardScore | None,
     *,
-    evaluation: EvaluationSettings | None = None,
-    seed: int = 0,
+    evaluation: EvaluationSettings,
+    seed: int,
 ) -> GuardResult:
     """The candidate against the base on the same items; `evaluation` says how the interval is drawn.
 
@@ -158,7 +161,7 @@ def judge_guard(
     """
     change = candidate.value - base.value
     passed = not loses_too_much(guard, base, candidate)
-    low, high = _interval(base, candidate, evaluation or EvaluationSettings(), seed) or (None, None)
+    low, high = _interval(base, candidate, evaluation, seed) or (None, None)
     return GuardResult(
         name=guard.name,
         kind=guard.kind,

@@ -1,0 +1,51 @@
+"""The trade-off as a picture: what the domain gains and what everything else loses, over the coefficient."""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from embed_pipeline.drawing import svg_of
+from embed_pipeline.merging.trade_off import MergingReport
+
+_DEV, _INK, _LINE = "#3b6fd4", "#1d2430", "#d8d6d0"
+_GUARDS = ("#d9822b", "#2a9d5c", "#8e5bc0", "#c2413a", "#4a9fb0")
+
+
+def trade_off_curve(report: MergingReport) -> str:
+    """An SVG on a white ground: dev nDCG@10 (left), each guard's change and the loss it may have (right).
+
+    A vertical line stands at the coefficient that goes on, a dotted one at the remedy where that is another.
+    """
+    figure = Figure(figsize=(9.0, 3.2), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    shares = [one.coefficient for one in report.tried]
+    dev = [(one.coefficient, one.dev_ndcg_at_10) for one in report.tried if one.dev_ndcg_at_10 is not None]
+    if dev:
+        left.plot(*zip(*dev, strict=True), color=_DEV, marker="o", markersize=5)
+    left.set_title(f"domain: dev nDCG@10 ({report.dev_queries:,} questions)", fontsize=10.5, loc="left")
+    for guard, colour in zip(report.guards, cycle(_GUARDS), strict=False):
+        changes = [one.guards[guard.name].change for one in report.tried]
+        label = f"{guard.name} ({guard.metric}, {guard.items:,})"
+        right.plot(shares, changes, color=colour, marker="o", markersize=5, label=label)
+        right.axhline(-guard.max_loss, color=colour, linewidth=1, dashes=(5, 3))
+    right.set_title("guard sets: change against the base; dashed, what may be lost", fontsize=10.5, loc="left")
+    right.legend(frameon=False, fontsize=9.5, loc="lower left")
+    for axes in (left, right):
+        _finish(axes, report)
+    return svg_of(figure, "trade-off")
+
+
+def _finish(axes: Axes, report: MergingReport) -> None:
+    axes.axvline(report.coefficient, color=_INK, linewidth=1, alpha=0.6)
+    if report.remedy not in (None, report.coefficient):
+        axes.axvline(report.remedy, color=_INK, linewidth=1, alpha=0.6, dashes=(1, 2))
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["base", "25 %", "50 %", "75 %", "fine-tuned"])
+    axes.set_xlabel("share of the fine-tuned weights")
+    axes.grid(axis="y", color=_LINE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.margins(y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
