@@ -28,7 +28,13 @@ from embed_pipeline.evaluation.guard_sets import (
     judge_guard,
     load_guard,
 )
-from embed_pipeline.settings import EvaluationSettings, ForgettingSettings, GuardSettings
+from embed_pipeline.settings import (
+    EvaluationSettings,
+    ForgettingSettings,
+    GuardSettings,
+    PipelineSettings,
+    smoke_test_of,
+)
 from tests.guard_files import (
     WordEmbedder,
     small_pairs,
@@ -270,6 +276,23 @@ def test_a_sample_of_the_passages_holds_all_that_is_judged(tmp_path: Path) -> No
     assert (len(asked), len(guard.files.passages)) == (10, 30)
     assert any(passage.startswith("x") for passage in guard.files.passages)
     assert guard.measure(WordEmbedder(), "judging").items == 5
+
+
+def test_a_smoke_test_measures_a_few(tmp_path: Path) -> None:
+    model = {"base_model": {"path": "model"}}
+    guards = (scored(max_queries=20), beir(max_passages=1_000))
+    pipeline = PipelineSettings.model_validate(
+        {
+            "name": "small",
+            "source": {"path": "raw"},
+            "embedder": model,
+            "reranker": model,
+            "forgetting": ForgettingSettings(guards=guards, merging="auto").model_dump(),
+        }
+    )
+    small = smoke_test_of(pipeline).forgetting
+    assert [(guard.max_queries, guard.max_passages) for guard in small.guards] == [(20, None), (50, 200)]
+    assert small.merging == "auto"
 
 
 # ------------------------------------------------------------------------------------------------- scored

@@ -140,3 +140,15 @@ def test_a_model_of_another_form_is_refused(models: Ancestry, minilm_folder: Pat
     other = Ancestry(minilm_folder, ENCODING, models.fine_tuned)
     with pytest.raises(ModelError, match="Only a model and what was fine-tuned from it can be merged"):
         run(other, None, guard_with(tmp_path, max_loss=0.001), tmp_path / "out", merging="auto")
+
+
+def test_where_there_are_no_hard_links_the_files_are_copied(
+    models: Ancestry, dev: EmbedderDevSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", refuse)
+    _, out = run(models, dev, guard_with(tmp_path, max_loss=1.0), tmp_path / "out")
+    assert weights_digest(out / "model") == weights_digest(models.fine_tuned)
+    assert (out / "model" / "model.safetensors").stat().st_nlink == 1

@@ -109,6 +109,16 @@ def test_what_was_forgotten_is_merged_back_and_the_merged_embedder_goes_on(
     _what_forgot_nothing_goes_on_unchanged(small, guards)
 
 
+def test_a_guard_set_that_cannot_be_read_is_told_before_the_training(
+    make_pipeline: MakePipeline, guards: list[dict[str, Any]]
+) -> None:
+    write_pairs(Path(guards[0]["path"]), [{"sentence1": "a", "sentence2": "b", "split": "test"}])
+    small = make_pipeline(forgetting={"guards": guards})
+    result = small.materialize(*TO_EMBEDDER, raise_on_error=False)
+    assert "pairs.parquet: no column 'score'; found: sentence1, sentence2, split" in failure(result, "embedder")
+    assert not small.store.has_current("embedder")
+
+
 def _the_asset_shows_it(result: dg.ExecuteInProcessResult) -> None:
     (shown,) = [
         event.materialization.metadata
