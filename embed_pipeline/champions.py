@@ -67,6 +67,15 @@ class Champion(BaseModel):
         """The pair's identity, whatever promoted it; see `pair_key`."""
         return f"{self.embedder}+{self.reranker}"
 
+    @property
+    def registered(self) -> tuple[RegisteredModel, RegisteredModel]:
+        return self.registered_embedder, self.registered_reranker
+
+    @property
+    def versions(self) -> tuple[tuple[str, str], ...]:
+        """(asset, version) in the store: both models, and the evaluation that promoted them."""
+        return (self.embedder_asset, self.embedder), ("reranker", self.reranker), ("evaluation", self.evaluation)
+
 
 class Promotion(BaseModel):
     """An entry of the history: from `at` on, `champion` serves."""
@@ -95,8 +104,13 @@ class History(BaseModel):
 
     @property
     def previous(self) -> Champion | None:
-        """Who served before the champion: what a rollback goes back to."""
-        return self.promotions[-1].replaced if self.promotions else None
+        """What a rollback goes back to: who served last, the champion and whoever was taken down left out."""
+        serving = self.champion.key if self.champion else None
+        for promotion in reversed(self.promotions):
+            past = promotion.replaced
+            if past is not None and past.key != serving and self.taken_down(past.key) is None:
+                return past
+        return None
 
     def taken_down(self, key: str) -> Promotion | None:
         """The rollback or retirement that ended the pair `key`, unless it was promoted again after it."""
@@ -128,22 +142,40 @@ def pointer(store: PipelineStore) -> Path:
 
 
 def read_history(store: PipelineStore) -> History:
-    """The promotions in force; raises ArtifactError when an entry of the history is missing or cannot be read."""
-    link = pointer(store)
-    if not link.is_symlink():
-        return History()
-    last = int(link.readlink().name)
+    """The promotions in force; raises ArtifactError when the pointer or an entry of the history cannot be right."""
     entries = []
-    for number in range(1, last + 1):
+    for number in range(1, _last_in_force(store) + 1):
         path = _entry(store, number) / PROMOTION_FILE
         try:
-            entries.append(Promotion.model_validate_json(path.read_bytes()))
+            entry = Promotion.model_validate_json(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise ArtifactError(
-                f"{path} cannot be read ({error}), but {link} stands behind it: who is the champion cannot be told. "
-                "Restore it from a backup of the store"
-            ) from error
+            raise _unclear(store, f"{path} cannot be read ({error}), but the pointer stands behind it") from error
+        if entry.number != number:
+            raise _unclear(store, f"{path} is promotion {entry.number}: it was copied there from another place")
+        entries.append(entry)
     return History(promotions=tuple(entries))
+
+
+def _last_in_force(store: PipelineStore) -> int:
+    """Number of the promotion that the pointer stands on; 0 where nothing was promoted yet."""
+    link = pointer(store)
+    try:
+        last = int(link.readlink().name)
+    except FileNotFoundError:
+        last = 0
+    except (OSError, ValueError):
+        raise _unclear(store, f"{link} is not a link to a promotion") from None
+    # One entry behind the pointer was cut short; a second one was written when the first was in force.
+    if (later := _entry(store, last + 2)).exists():
+        raise _unclear(store, f"{later} stands, but {link} {f'was set back to {last}' if last else 'is gone'}")
+    return last
+
+
+def _unclear(store: PipelineStore, found: str) -> ArtifactError:
+    return ArtifactError(
+        f"{found}: who is the champion of {store.pipeline} cannot be told. Restore {store.folder / PROMOTIONS} and "
+        f"{pointer(store)} (a link to its last entry) from a backup of the store"
+    )
 
 
 @contextmanager
@@ -160,6 +192,7 @@ def record(
     store: PipelineStore, history: History, event: Event, champion: Champion | None, *, by: str, reason: str
 ) -> Promotion:
     """Bring `champion` into force, inside of `changing`; the last act is one rename, so it happened or it did not."""
+    assert len(history.promotions) == _last_in_force(store), "the history has moved on: record inside of changing"
     promotion = Promotion(
         number=len(history.promotions) + 1,
         event=event,

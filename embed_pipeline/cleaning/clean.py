@@ -10,6 +10,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from embed_pipeline.cleaning import reasons
+from embed_pipeline.cleaning.answers import Answers, look_for_answers, refuse_missing
 from embed_pipeline.cleaning.normalise import create_macros
 from embed_pipeline.cleaning.overlap import reject_overlaps
 from embed_pipeline.cleaning.rows import (
@@ -17,7 +18,8 @@ from embed_pipeline.cleaning.rows import (
     load_rows,
     merge_near_duplicates,
     reject_bad_rows,
-    reject_contradictions_and_duplicates,
+    reject_contradictions,
+    reject_duplicates,
     reject_queries_without_positive,
     resolve_judgements,
     unite_texts,
@@ -46,6 +48,16 @@ MEMORY_LIMIT = "4GB"  # of DuckDB; beyond it, tables spill to the output's disk
 BATCH_ROWS = 20_000
 
 
+_POSITIVES_WITH_THEIR_QUERY = """
+    WITH asked AS (SELECT query_id, array_to_string(words(query), ' ') AS query FROM out_queries),
+    told AS (
+        SELECT passage_id, ' ' || array_to_string(words(passage_text(title, text)), ' ') || ' ' AS passage
+        FROM out_passages SEMI JOIN (SELECT passage_id FROM out_qrels WHERE relevance > 0) USING (passage_id)
+    )
+    SELECT count(*) FROM out_qrels JOIN asked USING (query_id) JOIN told USING (passage_id)
+    WHERE relevance > 0 AND query <> '' AND contains(passage, ' ' || query || ' ')"""
+
+
 class CleaningReport(BaseModel):
     """What became of the raw rows. `raw_rows` = `kept_rows` + `rejected_rows`."""
 
@@ -57,9 +69,11 @@ class CleaningReport(BaseModel):
     queries_by_split: dict[str, int]
     positives_by_split: dict[str, int]
     judgements_by_split: dict[str, int]  # positives, and what was judged as not relevant
+    answers_by_split: dict[str, Answers]  # as delivered: how many are there, and how many are missing
+    positives_with_their_query: int  # title or text holds the query's words as they are: nothing is easier to find
     passages: int
     judged_passages: int
-    withheld_pairs: int  # called relevant by a rejected row, query and passage both kept
+    withheld_pairs: int  # called relevant by a rejected row or for another spelling, query and passage both kept
     near_duplicate_clusters: int  # of two passages or more
     near_duplicate_passages: int  # in these clusters
     merged_rows: int  # kept rows whose passage gave way to a near-duplicate
@@ -82,7 +96,11 @@ def clean(raw_file: Path, settings: CleaningSettings, seed: int, out: Path) -> C
     pairs are `withheld`, so that nothing takes them for negatives. No measurement counts them as answers: a dev query
     whose positive was dropped as a leak is asked over a corpus in which that passage is unjudged.
 
-    Raises CleaningError where nothing is left of a split, or the splits cannot be kept apart.
+    What is known of a query is known of its other spellings (letter case, punctuation, width, spaces), which stay
+    queries of their own. They stand in one split, and so do queries of the same words in another order.
+
+    Raises CleaningError where nothing is left of a split, too many of its answers are missing, or the splits cannot be
+    kept apart.
     """
     with tempfile.TemporaryDirectory(dir=out, prefix=".cleaning-") as work:
         connection = duckdb.connect(
@@ -94,17 +112,21 @@ def clean(raw_file: Path, settings: CleaningSettings, seed: int, out: Path) -> C
             reject_bad_rows(connection, settings)
             unite_texts(connection)
             resolve_judgements(connection)
-            reject_contradictions_and_duplicates(connection, "count(DISTINCT relevance) > 1")
+            answers = look_for_answers(connection)
+            reject_contradictions(connection, "query_id", "count(DISTINCT relevance) > 1")
+            reject_duplicates(connection)
             find_near_duplicates(connection, settings.near_duplicates)
             if settings.near_duplicates.action == "merge":
                 merge_near_duplicates(connection)
-                # Near-duplicates may differ in grade (the best stays), not in whether they answer.
-                reject_contradictions_and_duplicates(connection, "min(relevance) = 0 AND max(relevance) > 0")
+            # Near-duplicates and spellings may differ in grade, not in whether they answer.
+            reject_contradictions(connection, "letters", "min(relevance) = 0 AND max(relevance) > 0")
+            reject_duplicates(connection)
             reject_queries_without_positive(connection)
             create_links(connection)
             delivered = _delivered_splits(connection)
             remove_split_leaks(connection)
             _refuse_empty(connection, settings, delivered)
+            refuse_missing(connection, answers, settings)
             cut_missing_splits(connection, settings.split, seed)
             reject_overlaps(connection, settings.split)
             reject_queries_without_positive(connection)
@@ -113,7 +135,7 @@ def clean(raw_file: Path, settings: CleaningSettings, seed: int, out: Path) -> C
             _create_results(connection)
             _check_accounting(connection)
             _write(connection, out)
-            return _report(connection, delivered)
+            return _report(connection, delivered, answers)
 
 
 def _delivered_splits(connection: duckdb.DuckDBPyConnection) -> list[str]:
@@ -167,9 +189,10 @@ def _create_results(connection: duckdb.DuckDBPyConnection) -> None:
         # DuckDB holds NaN for the greatest number: what is not finite says nothing.
         """CREATE TABLE out_withheld AS
            SELECT DISTINCT query_id, passage_id FROM (
-               SELECT query_id, standing_id AS passage_id FROM stated JOIN stands_for USING (passage_id)
+               SELECT letters, standing_id AS passage_id
+               FROM stated JOIN stands_for USING (passage_id) JOIN spellings USING (query_id)
                WHERE relevance > 0 AND isfinite(relevance)
-           )
+           ) JOIN spellings USING (letters)
            SEMI JOIN out_queries USING (query_id) SEMI JOIN out_passages USING (passage_id)
            ANTI JOIN out_qrels USING (query_id, passage_id)"""
     )
@@ -228,7 +251,7 @@ def _batches(reader: pa.RecordBatchReader | None) -> pa.RecordBatchReader:
     return reader
 
 
-def _report(connection: duckdb.DuckDBPyConnection, delivered: list[str]) -> CleaningReport:
+def _report(connection: duckdb.DuckDBPyConnection, delivered: list[str], answers: dict[str, Answers]) -> CleaningReport:
     def counts(query: str) -> dict[str, int]:
         return {str(name): int(count) for name, count in connection.execute(query).fetchall()}
 
@@ -248,6 +271,8 @@ def _report(connection: duckdb.DuckDBPyConnection, delivered: list[str]) -> Clea
         queries_by_split=_in_order(counts("SELECT split, count(*) FROM out_queries GROUP BY split")),
         positives_by_split=_in_order(counts(f"{judgements} WHERE relevance > 0 GROUP BY split")),
         judgements_by_split=_in_order(counts(f"{judgements} GROUP BY split")),
+        answers_by_split=answers,
+        positives_with_their_query=one(_POSITIVES_WITH_THEIR_QUERY),
         passages=one("SELECT count(*) FROM out_passages"),
         judged_passages=one("SELECT count(DISTINCT passage_id) FROM out_qrels"),
         withheld_pairs=one("SELECT count(*) FROM out_withheld"),

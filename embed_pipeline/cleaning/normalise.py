@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import duckdb
 
 # Controls, soft hyphens, zero-width spaces, byte-order marks and marks of direction. The joiners U+200C and U+200D
@@ -25,16 +27,29 @@ _MACROS = (
     rf"""lines(t) AS nullif(trim(regexp_replace(
         regexp_replace(visible(t), '{_SPACE_IN_LINE}*{_LINE_END}{_SPACE}*', chr(10), 'g'),
         '{_SPACE_IN_LINE}+', ' ', 'g'), ' ' || chr(10)), '')""",
-    # Letter case, punctuation and word order aside; symbols and # stay, for C++ is not C#.
-    r"""query_key(t) AS coalesce(nullif(array_to_string(list_sort(string_split(
-        trim(regexp_replace(lower(t), '[^\p{L}\p{N}\p{M}\p{S}#]+', ' ', 'g')), ' ')), ' '), ''), lower(t))""",
-    rf"words(t) AS regexp_extract_all(lower(t), '{_WORD}')",
+    # The words of a text in their order: letter case, punctuation, width and other forms of a character aside.
+    # Symbols and # stay, for C++ is not C#; but for accents and apostrophes that pass for letters or become marks.
+    r"""folded(t) AS coalesce(nullif(trim(regexp_replace(casefolded(regexp_replace(t, '[\p{Sk}\x{2BC}]', ' ', 'g')),
+        '[^\p{L}\p{N}\p{M}\p{S}#]+', ' ', 'g')), ''), casefolded(t))""",
+    "letters(f) AS replace(f, ' ', '')",
+    # Of a folded query: however its words are spaced and hyphenated ("log in", "login"), and in any order of them.
+    rf"""query_keys(f) AS list_distinct([letters(f), array_to_string(list_sort(string_split(
+        trim(regexp_replace(regexp_replace(f, '([{_UNSPACED}])', ' \1 ', 'g'), ' +', ' ', 'g')), ' ')), ' ')])""",
+    rf"words(t) AS regexp_extract_all(casefolded(t), '{_WORD}')",
     "passage_text(title, t) AS CASE WHEN title IS NULL THEN t ELSE title || ' ' || t END",
     "short_hash(t) AS sha256(t)[:16]",
 )
 
 
+def casefolded(text: str) -> str:
+    """Without differences of letter case, full width and ligatures: Unicode's case folding and NFKC."""
+    if text.isascii():
+        return text.lower()
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
 def create_macros(connection: duckdb.DuckDBPyConnection) -> None:
-    """Create the macros `one_line` (queries, titles), `lines` (passages), `query_key`, `words`, `passage_text`."""
+    """Create `one_line` (queries, titles), `lines` (passages), `query_keys`, `words` and the others above."""
+    connection.create_function("casefolded", casefolded, ["VARCHAR"], "VARCHAR")
     for macro in _MACROS:
         connection.execute(f"CREATE OR REPLACE TEMP MACRO {macro}")

@@ -41,7 +41,7 @@ REASONS = {
     UNKNOWN_QUERY: "a judgement whose query is nowhere, or was dropped",
     UNKNOWN_PASSAGE: "a judgement whose passage is nowhere, or was dropped",
     NEAR_DUPLICATE_PASSAGE: "a corpus passage that gave way to a near-duplicate, which inherits its judgements",
-    CONTRADICTION: "one query and passage, judged differently in two rows; all of them go",
+    CONTRADICTION: "one query (in any spelling) and passage, judged differently in two rows; all of them go",
     DUPLICATE: "the same query and passage again, word for word or through a near-duplicate",
     SPLIT_LEAK: "shares its query, document or near-duplicate cluster with a split that goes before (test, dev, train)",
     OVERLAP_LEAK: "its passage repeats too much of a passage that dev or test ask for",

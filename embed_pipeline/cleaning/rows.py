@@ -2,9 +2,10 @@
 
 Each function takes the connection that `clean` works on and leaves tables in it:
 
-    rows        one a raw row: normalised texts, query_key, split, and the hash of each text
+    rows        one a raw row: normalised texts, split, and the hash of each text
     rejections  row, reason, detail; `live` is the view of the rows that are not in it
     mentions    every place where a live row names a passage, with its canonical `passage_id`
+    spellings   query_id; folded, its words but for letter case, punctuation and width; letters, those without spaces
     stated      row, query_id, passage_id, negative_id (triplets), relevance, split: what every row that names a known
                 query and passage says of them, rejected or not
     judgements  `stated` of the rows that were live, and the ids the row's own texts had before near-duplicates were
@@ -15,6 +16,7 @@ Each function takes the connection that `clean` works on and leaves tables in it
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import duckdb
 import pyarrow as pa
@@ -39,8 +41,7 @@ def load_rows(connection: Connection, raw_file: Path) -> None:
     connection.execute(
         """
         CREATE TABLE rows AS
-        SELECT *, query_key(query) AS query_key,
-            'q-' || short_hash(query) AS query_hash,
+        SELECT *, 'q-' || short_hash(query) AS query_hash,
             'p-' || short_hash(passage_text(title, passage)) AS passage_hash,
             'p-' || short_hash(negative) AS negative_hash
         FROM (
@@ -156,8 +157,12 @@ def unite_texts(connection: Connection) -> None:
            FROM live JOIN passage_names ON hash = negative_hash WHERE kind = 'triplet'"""
     )
     connection.execute(
-        """CREATE TABLE asked AS SELECT row, kind, coalesce(query_id, id) AS own_id, id AS query_id, query, query_key
+        """CREATE TABLE asked AS SELECT row, kind, coalesce(query_id, id) AS own_id, id AS query_id, query
            FROM live l JOIN query_names ON hash = query_hash WHERE kind IN ('query', 'pair', 'triplet')"""
+    )
+    connection.execute(
+        """CREATE TABLE spellings AS SELECT query_id, folded, letters(folded) AS letters
+           FROM (SELECT query_id, folded(min(query)) AS folded FROM asked GROUP BY query_id)"""
     )
 
 
@@ -207,20 +212,22 @@ def resolve_judgements(connection: Connection) -> None:
     )
 
 
-def reject_contradictions_and_duplicates(connection: Connection, differ: str) -> None:
-    """Judgements of one query and passage: where they `differ` (an SQL condition) all go, otherwise the first stays.
-
-    Within one split only, so that a copy in another split is seen as the leak it is.
-    """
+def reject_contradictions(connection: Connection, same: Literal["query_id", "letters"], differ: str) -> None:
+    """Judgements of one passage and one query (`same` text, or any spelling): where they `differ` (SQL) all go."""
     reject(
         connection,
         reasons.CONTRADICTION,
-        f"""SELECT row, 'query ' || query_id || ' and passage ' || passage_id || ' are judged ' || grades AS detail
-            FROM judged JOIN (
-                SELECT query_id, passage_id, array_to_string(list_sort(list(DISTINCT relevance)), ' and ') AS grades
-                FROM judged GROUP BY ALL HAVING {differ}
-            ) USING (query_id, passage_id)""",
+        f"""WITH spelled AS (SELECT * FROM judged JOIN spellings USING (query_id))
+            SELECT row, 'query ' || query_id || ' and passage ' || passage_id || ' are judged ' || grades AS detail
+            FROM spelled JOIN (
+                SELECT {same}, passage_id, array_to_string(list_sort(list(DISTINCT relevance)), ' and ') AS grades
+                FROM spelled GROUP BY ALL HAVING {differ}
+            ) USING ({same}, passage_id)""",
     )
+
+
+def reject_duplicates(connection: Connection) -> None:
+    """Of judgements of one query and passage in one split, the best stays; a copy in another split is a leak."""
     reject(
         connection,
         reasons.DUPLICATE,

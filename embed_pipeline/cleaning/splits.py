@@ -24,12 +24,12 @@ LARGE_GROUP_QUERIES = 5
 def create_links(connection: duckdb.DuckDBPyConnection) -> None:
     """The view `links`: what a judgement must not have in common with another split.
 
-    A row for each judgement and each of: its query's key; and, for a positive, the documents and the near-duplicate
+    A row for each judgement and each of: its query's keys; and, for a positive, the documents and the near-duplicate
     cluster of its passage. A passage judged as not relevant links nothing: it may answer another split's query.
     """
+    connection.execute("CREATE TABLE keys AS SELECT query_id, unnest(query_keys(folded)) AS key FROM spellings")
     connection.execute(
         """CREATE VIEW links AS
-           WITH keys AS (SELECT query_id, min(query_key) AS key FROM asked GROUP BY query_id)
            SELECT row, query_id, split, 'query' AS what, key FROM judged JOIN keys USING (query_id)
            UNION ALL SELECT row, query_id, split, 'document', document_id
            FROM judged JOIN passage_documents USING (passage_id) WHERE relevance > 0

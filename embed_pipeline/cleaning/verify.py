@@ -29,12 +29,13 @@ _TABLES = {
     "merged": MERGED_FILE,
 }
 _SPLIT_LINKS = """
-    SELECT split, 'query' AS what, query_key(query) AS key FROM queries
+    SELECT split, 'query' AS what, unnest(query_keys(folded(query))) AS key FROM queries
     UNION ALL SELECT split, 'group', group_id FROM queries
     UNION ALL SELECT split, 'passage', passage_id FROM positives
     UNION ALL SELECT split, 'document', document_id FROM positives WHERE document_id IS NOT NULL
     UNION ALL SELECT split, 'cluster', cluster_id FROM positives
 """
+_SPELLINGS = "SELECT query_id, letters(folded(query)) AS letters FROM queries"
 # What is promised -> a query for what breaks it, one text column.
 _PROMISES = {
     "a query_id stands once": "SELECT query_id FROM queries GROUP BY query_id HAVING count(*) > 1",
@@ -48,6 +49,16 @@ _PROMISES = {
     "a withheld passage stands in passages": "SELECT passage_id FROM withheld ANTI JOIN passages USING (passage_id)",
     "a withheld pair is not judged": (
         "SELECT query_id || ' / ' || passage_id FROM withheld SEMI JOIN qrels USING (query_id, passage_id)"
+    ),
+    "what answers a question is judged or withheld in all its spellings": (
+        f"""SELECT other.query_id || ' / ' || passage_id FROM positives JOIN ({_SPELLINGS}) one USING (query_id)
+            JOIN ({_SPELLINGS}) other USING (letters) ANTI JOIN qrels r ON r.query_id = other.query_id
+            AND r.passage_id = positives.passage_id ANTI JOIN withheld w ON w.query_id = other.query_id
+            AND w.passage_id = positives.passage_id"""
+    ),
+    "no spelling of a question is denied what answers another": (
+        f"""SELECT letters || ' / ' || passage_id FROM qrels JOIN ({_SPELLINGS}) USING (query_id)
+            GROUP BY letters, passage_id HAVING min(relevance) = 0 AND max(relevance) > 0"""
     ),
     "a query has a positive": "SELECT query_id FROM queries ANTI JOIN positives USING (query_id)",
     "a relevance is a number from 0": "SELECT query_id FROM qrels WHERE NOT (relevance >= 0 AND isfinite(relevance))",
