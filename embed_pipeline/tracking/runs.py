@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,10 +31,17 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
 
+def without_password(text: str) -> str:
+    """A text that may hold addresses, such as an error of MLflow's, without the names and passwords in them."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
+
+
 def ui_address() -> str:
     """Where a person opens MLflow: the server itself, or what `make mlflow` serves."""
     uri = tracking_uri()
-    return os.environ.get("MLFLOW_UI_URL") or (uri if uri.startswith("http") else "http://127.0.0.1:5000")
+    return os.environ.get("MLFLOW_UI_URL") or (
+        without_password(uri) if uri.startswith("http") else "http://127.0.0.1:5000"
+    )
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,8 @@ def tracked_run(
             tags[DAGSTER_RUN_TAG] = dagster_run_id
         run_id = client.create_run(experiment_id, tags=tags, run_name=f"{pipeline}/{name}").info.run_id
     except Exception as error:  # anything: tracking may not stop a training
-        logger.warning("MLflow at %s is not reachable, this run is not recorded there: %s", tracking_uri(), error)
+        told = without_password(f"MLflow at {tracking_uri()} is not reachable, this run is not recorded there: {error}")
+        logger.warning("%s", told)
         yield None
         return
     status = "FAILED"
@@ -160,6 +169,21 @@ def tracked_run(
                 client.set_terminated(ended, status)
             except Exception as error:
                 logger.warning("MLflow run %s keeps the status RUNNING: %s", ended, error)
+
+
+def end_runs_of(dagster_run_id: str) -> None:
+    """Mark the MLflow runs of a Dagster run as KILLED that a process left open which was killed itself."""
+    import mlflow
+
+    fail_in_seconds()
+    try:
+        client = mlflow.MlflowClient(tracking_uri())
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        open_runs = f"tags.`{DAGSTER_RUN_TAG}` = '{dagster_run_id}' and attributes.status = 'RUNNING'"
+        for run in client.search_runs(experiments, open_runs):
+            client.set_terminated(run.info.run_id, "KILLED")
+    except Exception as error:
+        logger.warning("MLflow runs of Dagster's run %s keep the status RUNNING: %s", dagster_run_id, error)
 
 
 def _experiment(client: Any, name: str) -> str:

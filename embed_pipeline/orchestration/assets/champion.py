@@ -1,0 +1,76 @@
+"""`champion`: what serves, in MLflow's registry and in the store."""
+
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+import dagster as dg
+
+from embed_pipeline.artifacts import DIGITS, PipelineStore
+from embed_pipeline.champions import Promotion, pointer
+from embed_pipeline.orchestration.automation import retry_policy
+from embed_pipeline.orchestration.reporting import readable_errors
+from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_champion
+
+
+def champion_data_version(promotion: Promotion) -> dg.DataVersion:
+    """One for every pair of models, and one for nobody."""
+    key = promotion.champion.key if promotion.champion else "nobody"
+    return dg.DataVersion(sha256(key.encode()).hexdigest()[:DIGITS])
+
+
+def champion_metadata(store: PipelineStore, promotion: Promotion) -> Mapping[str, Any]:
+    """Who serves, since when and why, whom it replaced, and the lines that load it."""
+    from embed_pipeline.tracking.registry import link_to, load_lines
+
+    replaced, champion = promotion.replaced, promotion.champion
+    about_promotion = {
+        "event": promotion.event,
+        "promotion": promotion.number,
+        "since": promotion.at,
+        "by": promotion.by,
+        "reason": promotion.reason,
+        "replaced": f"embedder {replaced.embedder}, reranker {replaced.reranker}" if replaced else "nobody",
+    }
+    if champion is None:
+        return about_promotion
+    registered = {
+        kind: dg.MetadataValue.url(link_to(model))
+        for kind, model in zip(("registered_embedder", "registered_reranker"), champion.registered, strict=True)
+    }
+    return {
+        "verdict": champion.verdict,
+        **about_promotion,
+        "embedder": champion.embedder,
+        "reranker": champion.reranker,
+        **registered,
+        "load": dg.MetadataValue.md(f"```python\n{load_lines(champion, pointer(store))}\n```"),
+        "pointer": dg.MetadataValue.path(str(pointer(store))),
+    }
+
+
+def champion_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
+    name = pipeline.settings.name
+
+    @dg.asset(
+        key=[name, "champion"],
+        deps=[[name, "evaluation"]],
+        group_name=name,
+        kinds={"mlflow"},
+        pool="gpu",
+        code_version=CODE_VERSIONS["champion"],
+        retry_policy=retry_policy(pipeline),
+        description="What serves: registered, checked as loaded, alias and pointer moved. Only behind a passed gate.",
+    )
+    def champion(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        with readable_errors():
+            run = pipeline.for_run(context.run_id)
+            promoted = make_champion(run)
+        told = "is the new champion" if promoted.new else "serves already, nothing was moved"
+        context.log.info(f"embedder {promoted.champion.embedder} with reranker {promoted.champion.reranker} {told}")
+        return dg.MaterializeResult(
+            data_version=champion_data_version(promoted.promotion),
+            metadata={**champion_metadata(run.store, promoted.promotion), "reused": not promoted.new},
+        )
+
+    return champion

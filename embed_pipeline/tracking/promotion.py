@@ -1,0 +1,379 @@
+"""Who becomes champion: the candidate that passed the gate, or, on a person's word, one that served before.
+
+The pointer in the store is the truth. MLflow's aliases are moved first and the pointer last, by one rename; whatever
+goes wrong on the way, the aliases are put back to what the pointer says. A process that is killed in between leaves
+aliases that are ahead of the pointer, and the next promotion, rollback or `settle` puts them right.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import platform
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from embed_pipeline.artifacts import PipelineStore
+from embed_pipeline.champions import (
+    Champion,
+    Event,
+    History,
+    Promotion,
+    RegisteredModel,
+    changing,
+    models_of,
+    pair_key,
+    pointer,
+    read_history,
+    record,
+)
+from embed_pipeline.errors import ArtifactError, GateError, TrackingError
+from embed_pipeline.evaluation.gate import GateReport
+from embed_pipeline.evaluation.parity import read_parity
+from embed_pipeline.settings import TrackingSettings
+from embed_pipeline.tracking.registry import (
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    Aliases,
+    Candidate,
+    Registry,
+    registered_name,
+    trusts_code,
+)
+from embed_pipeline.tracking.runs import TrackedRun, tracked_run
+
+logger = logging.getLogger(__name__)
+
+Track = Callable[[], AbstractContextManager[TrackedRun | None]]
+"""Opens the MLflow run in which models are registered, if any are."""
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """The promotion in force, and whether it is a new one: a candidate that serves already moves nothing."""
+
+    promotion: Promotion
+    champion: Champion
+    new: bool
+
+
+def promote(store: PipelineStore, candidate: Candidate, track: Track, *, by: str, smoke_test: bool = False) -> Promoted:
+    """Register both models, check what the registry gives, then move aliases and pointer, both or neither.
+
+    In a smoke test the gate's verdict does not count. Raises GateError when the candidate may not serve, ArtifactError
+    when a file of it is not the one that was published, ModelError when what was registered is not what was evaluated,
+    TrackingError when MLflow does not answer; nothing has moved then.
+    """
+    with changing(store) as history:
+        if _serves(history, candidate):
+            candidate.verify()
+            _settle(Registry(), store, history)
+            promotion = history.promotions[-1]
+            assert promotion.champion is not None
+            return Promoted(promotion, promotion.champion, new=False)
+        gate = _verdict(store, candidate, history, smoke_test)
+        candidate.verify()
+        with track() as tracked:
+            registry = Registry()
+            embedder, reranker = _registered(registry, store, candidate, _names(store, smoke_test), tracked)
+            champion = Champion(
+                embedder_asset=candidate.embedder.manifest.asset,
+                embedder=candidate.embedder.version,
+                reranker=candidate.reranker.version,
+                cleaned_pairs=candidate.evaluation.input("cleaned_pairs"),
+                evaluation=candidate.evaluation.version,
+                verdict=gate.sentence,
+                registered_embedder=embedder,
+                registered_reranker=reranker,
+            )
+            registry.check(embedder, reranker, read_parity(candidate.evaluation.path))
+            promotion = _put_in_force(registry, store, history, "promoted", champion, by, gate.sentence, tracked)
+        return Promoted(promotion, champion, new=True)
+
+
+def challenge(store: PipelineStore, candidate: Candidate, track: Track) -> None:
+    """Mark a candidate that did not pass with the alias `challenger`; an MLflow that does not answer is a warning."""
+    if GateReport.model_validate(candidate.evaluation.report["gate"]).passed:
+        return
+    try:
+        with changing(store) as history:
+            if _serves(history, candidate):
+                return
+            with track() as tracked:
+                registry = Registry()
+                models = _registered(registry, store, candidate, _names(store, smoke_test=False), tracked)
+                registry.move({(model.name, CHALLENGER): model.version for model in models})
+    except TrackingError as error:
+        logger.warning("the candidate is not marked as challenger: %s", error)
+
+
+def roll_back(store: PipelineStore, *, to: str | None = None, reason: str, by: str | None = None) -> Promotion:
+    """Bring back a champion of before: the one that served last, or the one that `to` names.
+
+    `to` is the number of a promotion, or the beginning of a version of the embedder, reranker or evaluation. What comes
+    back is checked like a candidate, but not judged again: a person has judged. Raises GateError when nothing or more
+    than one champion fits, and the errors of `promote`; nothing has moved then.
+    """
+    _check_reason(reason)
+    with changing(store) as history, _tracked(store, "rollback") as tracked:
+        registry = Registry()
+        target = _served_before(store, history, to, registry)
+        candidate = _candidate_of(store, target)
+        names = [model.name for model in target.registered]
+        embedder, reranker = _registered(registry, store, candidate, names, tracked)
+        registry.check(embedder, reranker, read_parity(candidate.evaluation.path))
+        champion = target.model_copy(update={"registered_embedder": embedder, "registered_reranker": reranker})
+        return _put_in_force(registry, store, history, "rolled_back", champion, by or person(), reason, tracked)
+
+
+def retire(store: PipelineStore, *, reason: str, by: str | None = None) -> Promotion:
+    """Take the champion out of service without another in its place. Raises GateError when there is none."""
+    _check_reason(reason)
+    with changing(store) as history, _tracked(store, "retirement") as tracked:
+        if history.champion is None:
+            raise GateError(f"{store.pipeline} has no champion that could be retired")
+        return _put_in_force(Registry(), store, history, "retired", None, by or person(), reason, tracked)
+
+
+def settle(store: PipelineStore) -> list[str]:
+    """Make MLflow's aliases stand where the pointer says; returns a sentence for each that did not."""
+    with changing(store) as history:
+        return _settle(Registry(), store, history)
+
+
+def disagreements(store: PipelineStore) -> list[str]:
+    """A sentence for each alias of MLflow that does not stand where the pointer says."""
+    _, told = _differences(Registry(), read_history(store))
+    return told
+
+
+def check_loads(store: PipelineStore, champion: Champion) -> float:
+    """Load the champion from the registry and by path, compare with what was evaluated: the largest difference.
+
+    Raises ArtifactError, ModelError or TrackingError when it is not what the gate judged.
+    """
+    from embed_pipeline.models.embedder import load_sentence_transformer
+    from embed_pipeline.models.reranker import Reranker
+
+    candidate = _candidate_of(store, champion)
+    parity = read_parity(candidate.evaluation.path)
+    in_registry = Registry().check(*champion.registered, parity)
+    embedder, reranker = (pointer(store) / kind for kind, _ in candidate.models)
+    trusted = [trusts_code(store, model) for _, model in candidate.models]
+    model = load_sentence_transformer(embedder, trust_remote_code=trusted[0])
+    by_path = Reranker(reranker, precision="float32", trust_remote_code=trusted[1], batch_size=1)
+    return max(
+        in_registry,
+        parity.check_embedder(model, str(embedder)),
+        parity.check_reranker(lambda pairs: by_path.score(pairs, progress=False), str(reranker)),
+    )
+
+
+def person() -> str:
+    """Who runs this process, and where."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = f"user {os.getuid()}"
+    return f"{user}@{platform.node()}"
+
+
+# ------------------------------------------------------------------------------------------------- checks
+
+
+def _serves(history: History, candidate: Candidate) -> bool:
+    return history.champion is not None and history.champion.key == pair_key(candidate.embedder, candidate.reranker)
+
+
+def _verdict(store: PipelineStore, candidate: Candidate, history: History, smoke_test: bool) -> GateReport:
+    """The gate's verdict, where it lets the candidate pass and the champion in force was compared with."""
+    name, evaluation = store.pipeline, candidate.evaluation
+    gate = GateReport.model_validate(evaluation.report["gate"])
+    if not (gate.passed or smoke_test):
+        raise GateError(f"the gate did not let {name}/evaluation {evaluation.version} pass: {gate.sentence}")
+    in_force = history.champion.key if history.champion else None
+    if evaluation.report["reference"] != in_force:
+        raise GateError(
+            f"the champion of {name} changed since evaluation {evaluation.version}: the candidate was compared with "
+            f"{evaluation.report['reference'] or 'the base models alone'}, and {in_force or 'nobody'} serves now. "
+            f"Materialize {name}/evaluation again"
+        )
+    ended = history.taken_down(pair_key(candidate.embedder, candidate.reranker))
+    if ended is not None:
+        raise GateError(
+            f"embedder {candidate.embedder.version} and reranker {candidate.reranker.version} were taken out of "
+            f"service at {ended.at} by {ended.by}: {ended.reason}. They do not come back by themselves; a person "
+            f"brings them back with `embed-pipeline rollback {name} --to {candidate.reranker.version} --reason ...`"
+        )
+    return gate
+
+
+def _served_before(store: PipelineStore, history: History, to: str | None, registry: Registry) -> Champion:
+    name = store.pipeline
+    if to is None:
+        if history.previous is None:
+            raise GateError(
+                f"nobody is left to go back to: no other champion of {name} served before, or all were taken out of "
+                f"service. `embed-pipeline history {name}` lists them; name one with --to"
+            )
+        return history.previous
+    found: dict[str, Champion] = {}
+    for promotion in history.promotions:
+        champion = promotion.champion
+        if champion is None:
+            continue
+        versions = (champion.embedder, champion.reranker, champion.evaluation)
+        if to == str(promotion.number) or (len(to) >= 4 and any(version.startswith(to) for version in versions)):
+            found[champion.key] = champion
+    if len(found) != 1:
+        told = f"fits {len(found)} champions: give the number of a promotion" if found else "is none that ever served"
+        raise GateError(f"--to {to} {told}. `embed-pipeline history {name}` lists those of {name}")
+    (target,) = found.values()
+    serves = history.champion is not None and history.champion.key == target.key
+    if serves and registry.holds(target):
+        raise GateError(f"embedder {target.embedder} and reranker {target.reranker} are the champion of {name} already")
+    return target
+
+
+def _candidate_of(store: PipelineStore, champion: Champion) -> Candidate:
+    """A champion's models and the evaluation that promoted it, file by file as they were published."""
+    try:
+        embedder, reranker = models_of(store, champion)
+        candidate = Candidate(embedder, reranker, store.get("evaluation", champion.evaluation))
+        candidate.verify()
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"embedder {champion.embedder} and reranker {champion.reranker} of {store.pipeline} are not what they were "
+            f"when they were promoted: {error}"
+        ) from error
+    return candidate
+
+
+def _check_reason(reason: str) -> None:
+    if not reason.strip():
+        raise GateError("a reason is needed: the history keeps it for whoever asks later")
+
+
+# ------------------------------------------------------------------------------------------- registration
+
+
+def _names(store: PipelineStore, smoke_test: bool) -> list[str]:
+    return [registered_name(store.pipeline, kind, smoke_test=smoke_test) for kind in ("embedder", "reranker")]
+
+
+def _registered(
+    registry: Registry, store: PipelineStore, candidate: Candidate, names: Sequence[str], tracked: TrackedRun | None
+) -> tuple[RegisteredModel, RegisteredModel]:
+    """Both models' versions in the registry, registered in the run `tracked` where they are not yet."""
+    models = []
+    for (kind, model), name in zip(candidate.models, names, strict=True):
+        found = registry.find(name, model)
+        if found is None:
+            if tracked is None:
+                raise TrackingError("MLflow took no run, so nothing can be registered", passing=True)
+            found = registry.register(store, candidate, kind, name, tracked)
+        models.append(found)
+    embedder, reranker = models
+    return embedder, reranker
+
+
+def _tracked(store: PipelineStore, name: str) -> AbstractContextManager[TrackedRun | None]:
+    """A run in MLflow that tells of what a person asked for."""
+    return tracked_run(TrackingSettings(), store.pipeline, name, None)
+
+
+# -------------------------------------------------------------------------------------- aliases and pointer
+
+
+def _put_in_force(
+    registry: Registry,
+    store: PipelineStore,
+    history: History,
+    event: Event,
+    champion: Champion | None,
+    by: str,
+    reason: str,
+    tracked: TrackedRun | None,
+) -> Promotion:
+    """Aliases, then the pointer: both, or the aliases are put back."""
+    planned = Promotion(
+        number=len(history.promotions) + 1,
+        event=event,
+        at="",
+        by=by,
+        reason=reason,
+        champion=champion,
+        replaced=history.champion,
+    )
+    try:
+        registry.move(_aliases(registry, History(promotions=(*history.promotions, planned))))
+        promotion = record(store, history, event, champion, by=by, reason=reason)
+    except BaseException:
+        _settle_or_warn(registry, store)
+        raise
+    _settle_or_warn(registry, store)  # the champion is no challenger any more
+    if tracked is not None:
+        tracked.log_parameters(promotion.model_dump(mode="json"))
+    return promotion
+
+
+def _aliases(registry: Registry, history: History) -> Aliases:
+    """Where `champion` and `previous` have to stand; a former champion that MLflow has lost is `previous` no more."""
+    served = [champion for entry in history.promotions for champion in (entry.champion, entry.replaced) if champion]
+    wanted: dict[tuple[str, str], str | None] = {
+        (model.name, alias): None
+        for champion in served
+        for model in champion.registered
+        for alias in (CHAMPION, PREVIOUS)
+    }
+    for model in history.champion.registered if history.champion else ():
+        wanted[model.name, CHAMPION] = model.version
+    for model in history.previous.registered if history.previous and registry.holds(history.previous) else ():
+        wanted[model.name, PREVIOUS] = model.version
+    return wanted
+
+
+def _differences(registry: Registry, history: History) -> tuple[Aliases, list[str]]:
+    """The aliases that have to move, and a sentence for each."""
+    wanted = dict(_aliases(registry, history))
+    now = registry.aliases(sorted({name for name, _ in wanted}))
+    for (name, alias), version in now.items():
+        if alias == CHALLENGER and version is not None and version == wanted[name, CHAMPION]:
+            wanted[name, CHALLENGER] = None
+    moves = {key: version for key, version in wanted.items() if now[key] != version}
+    told = [
+        f"the alias {alias} of {name} stands at {_at(now[name, alias])} in MLflow, and has to stand at {_at(version)}"
+        for (name, alias), version in moves.items()
+    ]
+    return moves, told
+
+
+def _settle(registry: Registry, store: PipelineStore, history: History) -> list[str]:
+    if history.champion is not None and not registry.holds(history.champion):
+        versions = " and ".join(f"version {model.version} of {model.name}" for model in history.champion.registered)
+        raise TrackingError(
+            f"the champion is {versions}, but MLflow does not hold both any more. Register it again from the store: "
+            f"`embed-pipeline rollback {store.pipeline} --to {history.promotions[-1].number} --reason ...`"
+        )
+    moves, told = _differences(registry, history)
+    registry.move(moves)
+    return told
+
+
+def _settle_or_warn(registry: Registry, store: PipelineStore) -> None:
+    try:
+        _settle(registry, store, read_history(store))
+    except TrackingError as error:
+        logger.warning(
+            "MLflow's aliases may not say what the store says (%s): the next promotion, or "
+            "`embed-pipeline champion %s --settle`, puts them right",
+            error,
+            store.pipeline,
+        )
+
+
+def _at(version: str | None) -> str:
+    return "no version" if version is None else f"version {version}"

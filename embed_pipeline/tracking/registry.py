@@ -1,0 +1,383 @@
+"""MLflow's model registry: embedder and reranker as versions of `<pipeline>-embedder` and `<pipeline>-reranker`.
+
+A version is registered once, with its signature, an input example, the exact packages it was evaluated with, the
+figures of its evaluation, and tags that lead back to the store. Aliases say what it is: `champion` serves, `previous`
+is what a rollback goes back to, `challenger` is the last candidate that did not pass.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from embed_pipeline.artifacts import Artifact, PipelineStore
+from embed_pipeline.champions import Champion, RegisteredModel
+from embed_pipeline.errors import ModelError, TrackingError
+from embed_pipeline.evaluation.parity import Parity, read_parity
+from embed_pipeline.models.source import weights_digest
+from embed_pipeline.settings import ModelSource
+from embed_pipeline.tracking.metrics import fail_in_seconds, valid_name
+from embed_pipeline.tracking.runs import DAGSTER_RUN_TAG, TrackedRun, tracking_uri, ui_address, without_password
+from embed_pipeline.training.job import JOB_FILE, MODEL_FOLDER, SERVING_FILE
+
+if TYPE_CHECKING:
+    from mlflow.models import Model
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
+Kind = Literal["embedder", "reranker"]
+Aliases = Mapping[tuple[str, str], str | None]
+"""(registered model, alias) -> the version it stands at, None: nowhere."""
+
+# What a machine needs to load the models, in the versions that they were evaluated with.
+PACKAGES = ("mlflow", "numpy", "pandas", "sentence-transformers", "torch", "transformers")
+TAG = "embed_pipeline."
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An embedder and a reranker that serve together, and the evaluation that judged them."""
+
+    embedder: Artifact
+    reranker: Artifact
+    evaluation: Artifact
+
+    @property
+    def models(self) -> tuple[tuple[Kind, Artifact], ...]:
+        return ("embedder", self.embedder), ("reranker", self.reranker)
+
+    def verify(self) -> None:
+        """Compare every file with its manifest; raises ArtifactError naming the first that differs."""
+        for artifact in (self.embedder, self.reranker, self.evaluation):
+            artifact.verify()
+
+
+def registered_name(pipeline: str, kind: Kind, *, smoke_test: bool) -> str:
+    """A smoke test registers under names of its own: what it made must not serve anybody."""
+    return f"{pipeline}-{kind}{'-smoke-test' if smoke_test else ''}"
+
+
+def link_to(model: RegisteredModel) -> str:
+    """Where a person sees this version."""
+    return f"{ui_address().rstrip('/')}/#/models/{model.name}/versions/{model.version}"
+
+
+class Registry:
+    """The registry that MLFLOW_TRACKING_URI leads to. Every method raises TrackingError when it does not answer."""
+
+    def __init__(self) -> None:
+        with _answering():
+            import mlflow
+
+            fail_in_seconds()
+            self._client: Any = mlflow.MlflowClient(tracking_uri())
+
+    def find(self, name: str, model: Artifact) -> RegisteredModel | None:
+        """The version of `name` that holds exactly these weights, if there is one."""
+        wanted = {"version": model.version, "weights": weights_digest(model.path / MODEL_FOLDER)}
+        tags = " and ".join(f"tags.`{TAG}{key}` = '{value}'" for key, value in wanted.items())
+        with _answering():
+            found = self._client.search_model_versions(f"name = '{name}' and {tags}")
+        newest = max(found, key=lambda version: int(version.version), default=None)
+        return None if newest is None else RegisteredModel(name=name, version=str(newest.version))
+
+    def register(
+        self, store: PipelineStore, candidate: Candidate, kind: Kind, name: str, tracked: TrackedRun
+    ) -> RegisteredModel:
+        """A new version of `name`, logged in the run `tracked`: the candidate's embedder or reranker."""
+        model = candidate.embedder if kind == "embedder" else candidate.reranker
+        parity = read_parity(candidate.evaluation.path)
+        save = _save_embedder if kind == "embedder" else _save_reranker
+        tags = _lineage(store, candidate, model)
+        with _answering(), tempfile.TemporaryDirectory() as folder:
+            from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+            from mlflow.models import Model
+
+            client = self._client
+            logged = client.create_logged_model(tracked.experiment_id, name, tracked.run_id, tags, model_type=kind)
+            described = Model(
+                artifact_path=logged.artifact_location,
+                run_id=tracked.run_id,
+                model_uuid=logged.model_id,
+                model_id=logged.model_id,
+            )
+            saved = Path(folder) / name
+            save(model, saved, parity, described, trusted=trusts_code(store, model))
+            client.log_model_artifacts(logged.model_id, str(saved))
+            client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+            client.log_outputs(tracked.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+            self._log_figures(tracked, logged.model_id, candidate.evaluation, kind)
+            self._create_name(name)
+            version = client.create_model_version(
+                name,
+                f"models:/{logged.model_id}",
+                tracked.run_id,
+                tags,
+                description=candidate.evaluation.report["gate"]["sentence"],
+                model_id=logged.model_id,
+            )
+            registered = RegisteredModel(name=name, version=str(version.version))
+            # As `mlflow.register_model` does: the logged model's page then names its versions.
+            client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": f"[{registered.model_dump_json()}]"})
+        logger.info("registered %s as %s", model.version, registered.uri)
+        return registered
+
+    def check(self, embedder: RegisteredModel, reranker: RegisteredModel, parity: Parity) -> float:
+        """Load both as a user would and compare what they give with what was evaluated: the largest difference.
+
+        Raises ModelError when one cannot be loaded or differs by more than the tolerance.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            model = _loading(embedder, lambda: self._load_embedder(embedder.uri, folder))
+            largest = parity.check_embedder(model, f"{embedder.uri} as MLflow loads it")
+        with tempfile.TemporaryDirectory() as folder:
+            score = _loading(reranker, lambda: self._load_reranker(reranker.uri, folder))
+            return max(largest, parity.check_reranker(score, f"{reranker.uri} as MLflow loads it"))
+
+    def aliases(self, names: Sequence[str]) -> Aliases:
+        """Where `champion`, `previous` and `challenger` of the models `names` stand."""
+        with _answering():
+            found = {model.name: model.aliases for name in names for model in self._models(name)}
+        return {
+            (name, alias): str(version) if (version := found.get(name, {}).get(alias)) is not None else None
+            for name in names
+            for alias in (CHAMPION, PREVIOUS, CHALLENGER)
+        }
+
+    def move(self, wanted: Aliases) -> None:
+        """Make every alias in `wanted` stand where it says; those that do already are left alone."""
+        now = self.aliases(sorted({name for name, _ in wanted}))
+        with _answering():
+            for (name, alias), version in wanted.items():
+                if now[name, alias] == version:
+                    continue
+                if version is None:
+                    self._client.delete_registered_model_alias(name, alias)
+                else:
+                    self._client.set_registered_model_alias(name, alias, version)
+
+    def holds(self, champion: Champion) -> bool:
+        """Whether both of its versions are still there, and are its models: a new database counts from 1 again."""
+        stored = (champion.embedder, champion.reranker)
+        for model, version in zip(champion.registered, stored, strict=True):
+            with _answering():
+                found = self._client.search_model_versions(
+                    f"name = '{model.name}' and tags.`{TAG}version` = '{version}'"
+                )
+            if model.version not in {str(one.version) for one in found}:
+                return False
+        return True
+
+    def _models(self, name: str) -> list[Any]:
+        return list(self._client.search_registered_models(f"name = '{name}'"))
+
+    def _create_name(self, name: str) -> None:
+        if not self._models(name):
+            self._client.create_registered_model(name)
+
+    def _log_figures(self, tracked: TrackedRun, model_id: str, evaluation: Artifact, kind: Kind) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        figures = {
+            f"{kind}/{row['metric']}{suffix}": row[key]
+            for row in evaluation.report["summary"]
+            if row["system"] == kind
+            for key, suffix in (("value", ""), ("gain", "_gain_over_base"))
+        }
+        metrics = [Metric(valid_name(name), value, now, 0, model_id=model_id) for name, value in figures.items()]
+        self._client.log_batch(tracked.run_id, metrics=metrics)
+
+    @staticmethod
+    def _load_embedder(uri: str, folder: str) -> SentenceTransformer:
+        import mlflow.sentence_transformers
+
+        return mlflow.sentence_transformers.load_model(uri, dst_path=folder)
+
+    @staticmethod
+    def _load_reranker(uri: str, folder: str) -> Callable[[Sequence[tuple[str, str]]], Any]:
+        import mlflow.pyfunc
+        import pandas as pd
+
+        model = mlflow.pyfunc.load_model(uri, dst_path=folder)
+        return lambda pairs: model.predict(pd.DataFrame(pairs, columns=["query", "passage"]), params={"batch_size": 1})
+
+
+def load_lines(champion: Champion, pointer: Path) -> str:
+    """Python that loads the champion, from the registry and by path; each model is one line."""
+    embedder, reranker = champion.registered
+    return f"""\
+# MLFLOW_TRACKING_URI={without_password(tracking_uri())}
+embedder = mlflow.sentence_transformers.load_model("models:/{embedder.name}@{CHAMPION}")
+reranker = mlflow.pyfunc.load_model("models:/{reranker.name}@{CHAMPION}")
+
+embedder = SentenceTransformer("{pointer / "embedder"}")
+reranker = CrossEncoder("{pointer / "reranker"}")"""
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """What goes wrong between here and MLflow is told as a TrackingError that may pass.
+
+    MLflow looks some things up at the address in the environment, whatever address its client was given.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    before = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR")}
+    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        told = without_password(f"MLflow at {tracking_uri()} does not do as it is asked: {error}")
+        raise TrackingError(told, passing=True) from error
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _loading(model: RegisteredModel, load: Callable[[], Any]) -> Any:
+    try:
+        with _answering():
+            return load()
+    except TrackingError:
+        raise
+    except Exception as error:  # anything that a broken model may raise
+        raise ModelError(
+            f"{model.uri} is registered, but does not load: {error}. Delete this version in MLflow and materialize "
+            "champion again, which registers it anew from the store"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------- what is saved
+
+
+def _save_embedder(model: Artifact, path: Path, parity: Parity, described: Model, *, trusted: bool) -> None:
+    """In MLflow's own flavour. Its pyfunc encodes questions; `params` tell it to encode passages."""
+    import mlflow.sentence_transformers
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    from embed_pipeline.models.embedder import load_sentence_transformer
+
+    folder = model.path / MODEL_FOLDER
+    loaded = load_sentence_transformer(folder, device="cpu", trust_remote_code=trusted)
+    dimension = len(parity.query_embeddings[0])
+    task = [ParamSpec(name, "string", "query") for name in ("prompt_name", "task")]
+    signature = ModelSignature(
+        inputs=Schema([ColSpec("string")]),
+        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, dimension))]),
+        params=ParamSchema(task),
+    )
+    mlflow.sentence_transformers.save_model(
+        loaded,
+        str(path),
+        mlflow_model=described,
+        signature=signature,
+        input_example=parity.queries[:2],
+        pip_requirements=_requirements(),
+        create_model_card=False,
+    )
+    data = path / mlflow.sentence_transformers.SENTENCE_TRANSFORMERS_DATA_PATH
+    shutil.copy2(folder / "README.md", data)
+    if not trusted:
+        _name_no_code(data)
+
+
+def _save_reranker(model: Artifact, path: Path, parity: Parity, described: Model, *, trusted: bool) -> None:
+    """As a pyfunc whose code is one file that travels with the model; see `served_reranker`."""
+    import mlflow.pyfunc
+    import numpy as np
+    import pandas as pd
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    signature = ModelSignature(
+        inputs=Schema([ColSpec("string", "query"), ColSpec("string", "passage")]),
+        outputs=Schema([TensorSpec(np.dtype("float32"), (-1,))]),
+        params=ParamSchema([ParamSpec("batch_size", "integer", 32)]),
+    )
+    mlflow.pyfunc.save_model(
+        str(path),
+        python_model=str(Path(__file__).with_name("served_reranker.py")),
+        artifacts={"model": str(model.path / MODEL_FOLDER)},
+        model_config={"trust_remote_code": trusted},
+        mlflow_model=described,
+        signature=signature,
+        input_example=pd.DataFrame(parity.pairs[:2], columns=["query", "passage"]),
+        pip_requirements=_requirements(),
+        # The share of the embedder's score in the final ranking; see `models.blend`.
+        metadata=json.loads((model.path / SERVING_FILE).read_text()),
+    )
+
+
+def _requirements() -> list[str]:
+    """With exact versions; a build such as +cpu belongs to a machine, not to a model."""
+    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in PACKAGES]
+
+
+def _name_no_code(folder: Path) -> None:
+    """MLflow loads with `trust_remote_code`: a model trained without its authors' code must not name any."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and content.pop("auto_map", None) is not None:
+            path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ lineage
+
+
+def trusts_code(store: PipelineStore, model: Artifact) -> bool:
+    """Whether Python code that comes with the model may run: it was trained so."""
+    return bool(_job(store, model)["trust_remote_code"])
+
+
+def _lineage(store: PipelineStore, candidate: Candidate, model: Artifact) -> dict[str, str]:
+    tags = {
+        "pipeline": store.pipeline,
+        "asset": model.manifest.asset,
+        "version": model.version,
+        "content": model.content,
+        "weights": weights_digest(model.path / MODEL_FOLDER),
+        "cleaned_pairs": candidate.evaluation.input("cleaned_pairs"),
+        "evaluation": candidate.evaluation.version,
+        "base_model": _title(_job(store, model)["settings"]["base_model"]),
+        "training_run": model.manifest.runs.mlflow,
+    }
+    named = {f"{TAG}{key}": value for key, value in tags.items() if value is not None}
+    dagster_run = model.manifest.runs.dagster
+    return named if dagster_run is None else {**named, DAGSTER_RUN_TAG: dagster_run}
+
+
+def _job(store: PipelineStore, model: Artifact) -> dict[str, Any]:
+    """The training job that made the weights; a merged embedder's are those of the embedder it was merged from."""
+    if model.manifest.asset == "merged_embedder":
+        model = store.get("embedder", model.input("embedder"))
+    job: dict[str, Any] = json.loads((model.path / JOB_FILE).read_text())
+    return job
+
+
+def _title(base_model: Mapping[str, Any] | str) -> str:
+    if isinstance(base_model, str):
+        return base_model
+    source = ModelSource.model_validate(base_model)
+    if source.hub is not None:
+        return f"{source.hub}@{source.revision}"
+    return f"{source.package}:{source.folder}" if source.package else str(source.path)

@@ -1,0 +1,159 @@
+"""Candidates for promotion: real tiny models, each with weights of its own, published as a pipeline publishes them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Recipe, RunIds
+from embed_pipeline.evaluation.gate import GateReport
+from embed_pipeline.evaluation.parity import write_parity
+from embed_pipeline.models.collection import load_collection
+from embed_pipeline.settings import EmbedderSettings, RerankerSettings, TrackingSettings
+from embed_pipeline.tables import QUERIES_FILE
+from embed_pipeline.tracking.promotion import Promoted, promote
+from embed_pipeline.tracking.registry import Candidate
+from embed_pipeline.tracking.runs import TrackedRun, tracked_run
+from embed_pipeline.training.job import JOB_FILE, MODEL_FOLDER, SERVING_FILE, EmbedderJob, RerankerJob
+from tests.cleaned_folder import write_cleaned
+
+WORDS = ("river", "stone", "cloud", "engine", "paper", "window", "garden")
+QUESTIONS = [f"where is the {word} of the castle" for word in WORDS]
+ANSWERS = [f"{question[13:]} lies behind the gate, next to the well" for question in QUESTIONS]
+LONG = " ".join(["a very long question about a copper lantern in the valley"] * 20)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Makes candidates of the pipeline `support`; `embedder` and `reranker` are the folders they start from."""
+
+    store: PipelineStore
+    embedder: Path
+    reranker: Path
+    trusted: bool = False
+
+    def candidate(self, seed: int, *, outcome: str = "promote", reference: str | None = None) -> Candidate:
+        """One whose weights, and so whose versions, depend on the seed."""
+        recipe = partial(Recipe, settings={}, seed=seed, code_version="1")
+        produce = partial(self.store.produce, content=None)
+        cleaned = self.store.produce(
+            "cleaned_pairs",
+            Recipe(inputs={}, settings={}, seed=0, code_version="1"),
+            [],
+            _clean,
+            content=[QUERIES_FILE],
+        ).artifact
+        embedder = produce(
+            "embedder",
+            recipe(inputs={"cleaned_pairs": cleaned.content}),
+            [cleaned],
+            lambda out: self._train(out, EmbedderJob, EmbedderSettings, self.embedder, seed),
+        ).artifact
+        reranker = produce(
+            "reranker",
+            recipe(inputs={"embedder": embedder.content}),
+            [cleaned, embedder],
+            lambda out: self._train(out, RerankerJob, RerankerSettings, self.reranker, seed),
+        ).artifact
+        evaluation = produce(
+            "evaluation",
+            Recipe(
+                inputs={"embedder": embedder.content, "champion": str(reference)},
+                settings={"outcome": outcome},
+                seed=seed,
+                code_version="1",
+            ),
+            [cleaned, embedder, reranker],
+            lambda out: self._evaluate(out, cleaned, embedder, reranker, outcome, reference),
+        ).artifact
+        return Candidate(embedder, reranker, evaluation)
+
+    def tracked(self) -> AbstractContextManager[TrackedRun | None]:
+        return tracked_run(TrackingSettings(system_metrics=False), self.store.pipeline, "champion", None)
+
+    def promote(self, candidate: Candidate, *, smoke_test: bool = False) -> Promoted:
+        return promote(self.store, candidate, self.tracked, by="test", smoke_test=smoke_test)
+
+    def _train(
+        self,
+        out: Path,
+        job: type[EmbedderJob] | type[RerankerJob],
+        settings: Callable[..., EmbedderSettings | RerankerSettings],
+        base: Path,
+        seed: int,
+    ) -> Made:
+        shutil.copytree(base, out / MODEL_FOLDER)
+        weights = out / MODEL_FOLDER / "model.safetensors"
+        generator = np.random.default_rng(seed)
+        changed = {k: v + generator.normal(0, 0.1, v.shape).astype(v.dtype) for k, v in load_file(weights).items()}
+        weights.unlink()
+        save_file(changed, weights, metadata={"format": "pt"})
+        (out / MODEL_FOLDER / "README.md").write_text("# a model\n")
+        (out / SERVING_FILE).write_text(json.dumps({"embedder_weight": 0.4}))
+        more = {"dev_candidates": Path("candidates.parquet")} if job is RerankerJob else {}
+        described = job(
+            settings=settings(base_model={"path": str(base), "trust_remote_code": self.trusted}),
+            seed=seed,
+            base_model=base,
+            trust_remote_code=self.trusted,
+            cleaned_pairs=Path(),
+            hard_negatives=Path(),
+            output=out,
+            **more,
+        )
+        described.write(out / JOB_FILE)
+        return Made({}, RunIds(dagster="a-dagster-run", mlflow="a-training-run"))
+
+    def _evaluate(
+        self, out: Path, cleaned: Artifact, embedder: Artifact, reranker: Artifact, outcome: str, reference: str | None
+    ) -> Made:
+        write_parity(
+            load_collection(cleaned.path, ("test",)),
+            embedder.path / MODEL_FOLDER,
+            reranker.path / MODEL_FOLDER,
+            out,
+            trust_embedder_code=self.trusted,
+            trust_reranker_code=self.trusted,
+        )
+        gate = GateReport.model_validate(
+            {
+                "outcome": outcome,
+                "sentence": f"nDCG@10 0.412 → 0.471: {outcome}",
+                "reasons": [],
+                "judgements": [],
+                "guards": [],
+                "min_queries": 1,
+            }
+        )
+        figures = {"interval_low": 0.1, "interval_high": 0.3, "p_value": 0.01, "num_queries": 8}
+        summary = [
+            {"system": system, "metric": "ndcg_at_10", "value": 0.5 + number / 8, "gain": 0.25, **figures}
+            for number, system in enumerate(("embedder", "reranker"))
+        ]
+        report = {
+            "gate": gate.model_dump(mode="json"),
+            "reference": reference,
+            "summary": summary,
+            "metric": "ndcg_at_10",
+        }
+        return Made(report, RunIds())
+
+
+def _clean(out: Path) -> Made:
+    questions = [*QUESTIONS, LONG]
+    write_cleaned(
+        out,
+        [(f"q{i}", text) for i, text in enumerate(questions)],
+        [(f"p{i}", text) for i, text in enumerate([*ANSWERS, LONG * 2])],
+        [(f"q{i}", f"p{i}", 1.0) for i in range(len(questions))],
+        split="test",
+    )
+    return Made({}, RunIds())
