@@ -3,6 +3,7 @@
     <store>/<pipeline>/<asset>/<version>/...      one published version, with its manifest.json
     <store>/<pipeline>/<asset>/recipes/<digest>   which version a recipe made
     <store>/<pipeline>/<asset>/current.json       the version that later stages use
+    <store>/<pipeline>/raw_pairs/read.json        the state of the raw files that the current raw rows were read from
     <store>/<pipeline>/.runs/<run>/<asset>        the version that one run made or found, which its later stages use
     <store>/<pipeline>/.staging/                  what is being made
     <store>/<pipeline>/.embeddings/               encoded texts, by model and content; can be deleted
@@ -22,9 +23,9 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ from embed_pipeline.errors import ArtifactError
 
 ASSETS = ("raw_pairs", "cleaned_pairs", "hard_negatives", "embedder", "merged_embedder", "reranker", "evaluation")
 MANIFEST = "manifest.json"
+SMOKE_TEST_STORE = "smoke-test"  # no pipeline can be called so
 DIGITS = 16
+RUN_GOES_ON = timedelta(hours=1)  # between two stages; while one works, its staging folder tells
+RUN_IS_OVER = timedelta(days=7)
 LIBRARIES = (
     "accelerate",
     "bm25s",
@@ -59,10 +63,16 @@ def home() -> Path:
     return Path(os.environ.get("DAGSTER_HOME") or "dagster_home").absolute()
 
 
+def is_smoke_test() -> bool:
+    """Whether EMBED_PIPELINE_SMOKE_TEST asks every pipeline for a run in small."""
+    return os.environ.get("EMBED_PIPELINE_SMOKE_TEST", "0") not in ("", "0")
+
+
 def store_root() -> Path:
-    """EMBED_PIPELINE_STORE, or `store` in the home folder."""
+    """EMBED_PIPELINE_STORE, or `store` in the home folder; a smoke test has a store of its own inside of it."""
     given = os.environ.get("EMBED_PIPELINE_STORE")
-    return Path(given).absolute() if given else home() / "store"
+    root = Path(given).absolute() if given else home() / "store"
+    return root / SMOKE_TEST_STORE if is_smoke_test() else root
 
 
 class Recipe(BaseModel):
@@ -144,7 +154,7 @@ class Artifact:
         return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
     def verify(self) -> None:
-        """Compare every file with the manifest, byte for byte; raises ArtifactError naming the first that differs."""
+        """Compare all files with the manifest, byte for byte; raises ArtifactError naming the first that differs."""
         for name, entry in self.manifest.files.items():
             path = self.path / name
             if not path.is_file():
@@ -155,6 +165,10 @@ class Artifact:
                     f"{path} was changed after {_title(self.manifest)} was published "
                     f"({entry.bytes} bytes, sha256 {entry.sha256[:12]}.. expected; {found} bytes found). {_MEND}"
                 )
+        known = {self.path / name for name in (*self.manifest.files, MANIFEST)}
+        for path in sorted(self.path.rglob("*")):
+            if not path.is_dir() and path not in known:
+                raise ArtifactError(f"{path} was added after {_title(self.manifest)} was published. {_MEND}")
 
 
 _MEND = "Delete that version's folder and materialize the asset again; it is rebuilt from the same inputs"
@@ -194,42 +208,63 @@ class PipelineStore:
         of_run = self._of_run(asset)
         if of_run is not None and of_run.is_file():
             return self.get(asset, of_run.read_text().strip())
-        pointer = self.folder / asset / "current.json"
-        if not pointer.is_file():
+        version, _ = self._read_current(asset)
+        if not self.has(asset, version):
             raise ArtifactError(
-                f"{self.pipeline}/{asset} has no version in {self.folder}. Materialize it first: "
-                f'dagster asset materialize -m embed_pipeline.definitions --select "{self.pipeline}/{asset}"'
+                f"{self._current_file(asset)} points to version {version}, which is not there. "
+                f"Materialize {self.pipeline}/{asset} again; it is found, or made from the same inputs"
             )
-        return self.get(asset, json.loads(pointer.read_text())["version"])
+        return self.get(asset, version)
 
     def has_current(self, asset: str) -> bool:
-        return (self.folder / asset / "current.json").is_file()
+        return self._current_file(asset).is_file()
+
+    def has(self, asset: str, version: str) -> bool:
+        return (self.folder / asset / version / MANIFEST).is_file()
 
     def was_reused(self, asset: str) -> bool:
         """Whether the last materialization of the asset found its version made before."""
-        return bool(json.loads((self.folder / asset / "current.json").read_text())["reused"])
+        return self._read_current(asset)[1]
+
+    def note_read(self, raw: Artifact, state: str) -> None:
+        """Remember the state of the raw files that `raw` was read from, or found to be the content of."""
+        self._write(self._read_file, json.dumps({"version": raw.version, "state": state}))
+
+    def state_read(self, raw: Artifact) -> str | None:
+        """The state of the raw files when `raw` was read from them last, None when another version was since."""
+        try:
+            noted = json.loads(self._read_file.read_text())
+        except FileNotFoundError:
+            return None
+        return noted["state"] if noted["version"] == raw.version else None
 
     def get(self, asset: str, version: str) -> Artifact:
-        """One version by its name; raises ArtifactError when it is absent or its manifest cannot be read."""
+        """One version by its name; raises ArtifactError when it is absent, or its manifest is not as published."""
         path = self.folder / asset / version
         try:
-            manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
+            told = json.loads((path / MANIFEST).read_bytes())
+            seal = told.pop("seal", None)
+            manifest = Manifest.model_validate(told)
         except FileNotFoundError:
-            known = ", ".join(a.version for a in self.versions(asset)) or "none"
+            known = ", ".join(self._versions(asset)) or "none"
             raise ArtifactError(f"{self.pipeline}/{asset} has no version {version}; versions there: {known}") from None
-        except ValueError as error:
+        except (ValueError, AttributeError) as error:
             raise ArtifactError(f"{path / MANIFEST} cannot be read: {error}. {_MEND}") from error
         if (manifest.pipeline, manifest.asset, manifest.version) != (self.pipeline, asset, version):
             raise ArtifactError(
                 f"{path} holds {_title(manifest)}, not {self.pipeline}/{asset} version {version}: it was copied there "
                 f"from somewhere else. {_MEND}"
             )
+        if seal != _seal(told):
+            raise ArtifactError(
+                f"{path / MANIFEST} was edited after {_title(manifest)} was published, or an "
+                f"older embed_pipeline published it. {_MEND}"
+            )
         return Artifact(path, manifest)
 
     def versions(self, asset: str) -> list[Artifact]:
         """All published versions of an asset, oldest first."""
-        manifests = (self.folder / asset).glob(f"*/{MANIFEST}")
-        found = [Artifact(path.parent, Manifest.model_validate_json(path.read_bytes())) for path in manifests]
+        found = [self.get(asset, version) for version in self._versions(asset)]
         return sorted(found, key=lambda artifact: artifact.manifest.created_at)
 
     def find(self, asset: str, recipe: Recipe) -> Artifact | None:
@@ -238,7 +273,7 @@ class PipelineStore:
         if not pointer.is_file():
             return None
         version = pointer.read_text().strip()
-        if not (self.folder / asset / version / MANIFEST).is_file():
+        if not self.has(asset, version):
             return None
         artifact = self.get(asset, version)
         return artifact if artifact.is_whole() else None
@@ -282,17 +317,23 @@ class PipelineStore:
         """asset -> versions that `artifact` was made from, itself included; inputs that were deleted are left out."""
         made_from: dict[str, set[str]] = {artifact.manifest.asset: {artifact.version}}
         for asset, version in artifact.manifest.inputs.items():
-            if (self.folder / asset / version / MANIFEST).is_file():
+            if self.has(asset, version):
                 for name, versions in self.lineage(self.get(asset, version)).items():
                     made_from.setdefault(name, set()).update(versions)
         return made_from
 
-    def prunable(self) -> list[Artifact]:
-        """Versions that are not current and that nothing current was made from."""
+    def prunable(self, keep: Iterable[tuple[str, str]] = ()) -> list[Artifact]:
+        """Versions that nothing in use was made from: what is current, what a run may go on with, and `keep`.
+
+        `keep` names (asset, version) pairs; those that are not there any more are passed over.
+        """
+        used = [*keep, *((asset, self.current(asset).version) for asset in ASSETS if self.has_current(asset))]
+        for run in self._runs(younger_than=RUN_GOES_ON):
+            used += [(path.name, path.read_text().strip()) for path in run.iterdir() if path.name in ASSETS]
         kept: dict[str, set[str]] = {}
-        for asset in ASSETS:
-            if self.has_current(asset):
-                for name, versions in self.lineage(self.current(asset)).items():
+        for asset, version in used:
+            if self.has(asset, version):
+                for name, versions in self.lineage(self.get(asset, version)).items():
                     kept.setdefault(name, set()).update(versions)
         return [a for asset in ASSETS for a in self.versions(asset) if a.version not in kept.get(asset, set())]
 
@@ -312,9 +353,42 @@ class PipelineStore:
         return [path for path in self._staged() if _may_be_alive(path.name)]
 
     def abandoned(self) -> list[Path]:
-        """Staging folders whose process is gone, and all cached embeddings: safe to delete, rebuilt when needed."""
+        """Staging folders whose process is gone, notes of runs long over, and cached embeddings: safe to delete."""
         dead = [path for path in self._staged() if not _may_be_alive(path.name)]
-        return dead + ([self.embeddings_folder] if self.embeddings_folder.is_dir() else [])
+        recent = self._runs(younger_than=RUN_IS_OVER)
+        old = [path for path in self._runs() if path not in recent]
+        return [*dead, *old, *([self.embeddings_folder] if self.embeddings_folder.is_dir() else [])]
+
+    def _runs(self, younger_than: timedelta | None = None) -> list[Path]:
+        """What runs passed on, a folder each; only those that were written to in so much time, if it is given."""
+        folder = self.folder / ".runs"
+        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        if younger_than is None:
+            return found
+        since = (datetime.now(UTC) - younger_than).timestamp()
+        return [path for path in found if path.stat().st_mtime >= since]
+
+    def _versions(self, asset: str) -> list[str]:
+        return sorted(path.parent.name for path in (self.folder / asset).glob(f"*/{MANIFEST}"))
+
+    def _current_file(self, asset: str) -> Path:
+        return self.folder / asset / "current.json"
+
+    def _read_current(self, asset: str) -> tuple[str, bool]:
+        """The version last made, and whether it was found made before; raises ArtifactError when there is none."""
+        pointer = self._current_file(asset)
+        try:
+            told = json.loads(pointer.read_text())
+            return str(told["version"]), bool(told["reused"])
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{self.pipeline}/{asset} has no version in {self.folder}. Materialize it first: "
+                f'dagster asset materialize -m embed_pipeline.definitions --select "{self.pipeline}/{asset}"'
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{pointer} cannot be read: {error!r}. Materialize {self.pipeline}/{asset} again; it is written anew"
+            ) from error
 
     def _staged(self) -> list[Path]:
         folder = self.folder / ".staging"
@@ -347,7 +421,8 @@ class PipelineStore:
             report=dict(made.report),
             files=files,
         )
-        self._write(staging / MANIFEST, manifest.model_dump_json(indent=2))
+        told = json.loads(manifest.model_dump_json())
+        self._write(staging / MANIFEST, json.dumps({**told, "seal": _seal(told)}, indent=2, ensure_ascii=False))
         path = self.folder / asset / manifest.version
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir() and not self.get(asset, manifest.version).is_whole():
@@ -362,10 +437,14 @@ class PipelineStore:
         return self.get(asset, manifest.version)
 
     def _make_current(self, artifact: Artifact, reused: bool) -> None:
-        pointer = self.folder / artifact.manifest.asset / "current.json"
+        pointer = self._current_file(artifact.manifest.asset)
         self._write(pointer, json.dumps({"version": artifact.version, "reused": reused}))
         if (of_run := self._of_run(artifact.manifest.asset)) is not None:
             self._write(of_run, artifact.version)
+
+    @property
+    def _read_file(self) -> Path:
+        return self.folder / "raw_pairs" / "read.json"
 
     def _of_run(self, asset: str) -> Path | None:
         return self.folder / ".runs" / self.run / asset if self.run else None
@@ -382,7 +461,7 @@ def pipelines_in(root: Path) -> Iterator[PipelineStore]:
     """The pipelines that have anything in the store at `root`."""
     if root.is_dir():
         for folder in sorted(root.iterdir()):
-            if folder.is_dir():
+            if folder.is_dir() and folder.name != SMOKE_TEST_STORE:
                 yield PipelineStore(root, folder.name)
 
 
@@ -396,6 +475,11 @@ def _content_id(folder: Path, names: Sequence[str]) -> str:
     for name in names:
         digest.update(f"{name}\0{sha256_of(folder / name)}\0".encode())
     return digest.hexdigest()[:DIGITS]
+
+
+def _seal(told: Mapping[str, Any]) -> str:
+    """Digest of a manifest's content: it tells a hand's edit, not a forger's."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import click
 from rich.console import Console
+from rich.table import Table
 
 from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_in, store_root
+from embed_pipeline.champions import Promotion, models_of, pointer, read_history
 from embed_pipeline.errors import UserError
 from embed_pipeline.training.job import MODEL_FOLDER
 
@@ -29,21 +31,23 @@ def main() -> None:
 @click.argument("pipeline")
 def report(pipeline: str) -> None:
     """Print the current evaluation of PIPELINE as a table."""
-    from embed_pipeline.evaluation.report import terminal_table
+    from embed_pipeline.evaluation.history import history_of
+    from embed_pipeline.evaluation.report import terminal_table, write_report
     from embed_pipeline.evaluation.results import REPORT_FILE
 
     store = _store(pipeline)
     evaluation = store.current("evaluation")
     Console().print(terminal_table(evaluation.path))
-    for asset in ("embedder", "reranker"):
-        artifact = store.get(asset, evaluation.input(asset))
+    for asset, version in evaluation.manifest.inputs.items():
+        if asset == "cleaned_pairs":
+            continue
+        artifact = store.get(asset, version)
         made = artifact.manifest.created_at[:16].replace("T", " ")
-        click.echo(f"{asset:<9} {artifact.path / MODEL_FOLDER}")
+        click.echo(f"{asset:<15} {artifact.path / MODEL_FOLDER}")
         if store.was_reused(asset):
-            click.echo(
-                f"          nothing changed since it was trained ({made} UTC): the last run did not train it again"
-            )
-    click.echo(f"report    {evaluation.path / REPORT_FILE}")
+            click.echo(f"{'':<15} nothing changed since it was made ({made} UTC): the last run did not train it again")
+    # Drawn again: what became of the candidate, and who served when, is known only after its evaluation.
+    click.echo(f"{'report':<15} {write_report(evaluation.path, store.folder / REPORT_FILE, history_of(store))}")
 
 
 @main.command()
@@ -75,16 +79,106 @@ def verify(pipeline: str) -> None:
 
 @main.command()
 @click.argument("pipeline")
+@click.option("--verify", is_flag=True, help="Load both models in both ways and compare them with the evaluation.")
+@click.option("--settle", is_flag=True, help="Move MLflow's aliases to where the store's pointer says, if they differ.")
+def champion(pipeline: str, verify: bool, settle: bool) -> None:
+    """Show who serves for PIPELINE, since when and why, and how to load it. Exit code 1 where anything disagrees."""
+    from embed_pipeline.tracking import promotion
+    from embed_pipeline.tracking.registry import load_lines
+
+    store = _store(pipeline)
+    history = read_history(store)
+    if settle:
+        for sentence in promotion.settle(store):
+            click.echo(f"settled: {sentence}")
+    if not history.promotions:
+        raise click.ClickException(f"nothing was promoted in {pipeline} yet: materialize {pipeline}/champion")
+    last, serving = history.promotions[-1], history.champion
+    if serving is None:
+        click.echo(f"{pipeline} has no champion since {_minute(last.at)}: {_said(last)}")
+    else:
+        for model, registered in zip(models_of(store, serving), serving.registered, strict=True):
+            click.echo(f"{model.manifest.asset:<15} {model.version}, {registered.name} version {registered.version}")
+        click.echo(f"{'since':<15} {_minute(last.at)}, promotion {last.number}: {_said(last)}")
+        click.echo(f"{'verdict':<15} {serving.verdict}")
+        if (before := history.previous) is not None:
+            click.echo(f"{'before':<15} embedder {before.embedder}, reranker {before.reranker}")
+        click.echo(f"\n{load_lines(serving, pointer(store))}\n")
+        if verify:
+            difference = promotion.check_loads(store, serving)
+            click.echo(f"loaded from MLflow and by path: both give what was evaluated, to {difference:.1e}")
+    if told := promotion.disagreements(store):
+        raise click.ClickException("; ".join([*told, f"`embed-pipeline champion {pipeline} --settle` puts it right"]))
+    click.echo("MLflow's aliases stand where the store's pointer says")
+
+
+@main.command()
+@click.argument("pipeline")
+def history(pipeline: str) -> None:
+    """List every promotion, rollback and retirement of PIPELINE, oldest first."""
+    from embed_pipeline.evaluation.comparison import RERANKER
+    from embed_pipeline.evaluation.history import history_of
+    from embed_pipeline.evaluation.verdict import METRIC_NAMES
+
+    store = _store(pipeline)
+    points = {point.version: point for point in history_of(store)}
+    table = Table("", "when", "event", "embedder", "reranker", "metric", "by", "reason", box=None)
+    for entry in read_history(store).promotions:
+        who = entry.champion
+        point = points.get(who.evaluation) if who else None
+        table.add_row(
+            str(entry.number),
+            _minute(entry.at),
+            entry.event.replace("_", " "),
+            who.embedder if who else "nobody",
+            who.reranker if who else "",
+            f"{METRIC_NAMES[point.metric]} {point.values[RERANKER]:.3f}" if point else "",
+            entry.by,
+            entry.reason,
+        )
+    Console().print(table)
+
+
+@main.command()
+@click.argument("pipeline")
+@click.option("--reason", required=True, help="Kept in the history.")
+@click.option("--to", help="Number of a promotion, or a version that served; without it, the champion of before.")
+def rollback(pipeline: str, reason: str, to: str | None) -> None:
+    """Bring back a former champion of PIPELINE: MLflow's aliases and the store's pointer, both or neither."""
+    from embed_pipeline.tracking.promotion import roll_back
+
+    done = roll_back(_store(pipeline), to=to, reason=reason)
+    assert done.champion is not None
+    click.echo(f"embedder {done.champion.embedder}, reranker {done.champion.reranker} serve again: {_said(done)}")
+
+
+@main.command()
+@click.argument("pipeline")
+@click.option("--reason", required=True, help="Kept in the history.")
+def retire(pipeline: str, reason: str) -> None:
+    """Take the champion of PIPELINE out of service, with nobody in its place."""
+    from embed_pipeline.tracking.promotion import retire as take_out
+
+    click.echo(f"{pipeline} has no champion any more: {_said(take_out(_store(pipeline), reason=reason))}")
+
+
+@main.command()
+@click.argument("pipeline")
 @click.option("--yes", is_flag=True, help="Delete; without it, only show what would go.")
 def prune(pipeline: str, yes: bool) -> None:
-    """Delete versions that nothing current was made from, leftovers of killed runs, and cached embeddings."""
+    """Delete versions that nothing in use was made from, leftovers of runs, and cached embeddings.
+
+    In use are the current versions, the champion, and the one that a rollback goes back to.
+    """
     store = _store(pipeline)
     if making := store.in_the_making():
         raise click.ClickException(
             f"a run is making {', '.join(path.name.split('~')[0] for path in making)} and may need what would go. "
             f"Wait for it; if it died on another machine, delete {making[0]}"
         )
-    old = store.prunable()
+    history = read_history(store)
+    serving = [champion for champion in (history.champion, history.previous) if champion is not None]
+    old = store.prunable(keep=[version for champion in serving for version in champion.versions])
     for artifact in old:
         click.echo(f"{_verb(yes)} {_title(artifact)} ({_size(artifact.size())})")
         if yes:
@@ -105,6 +199,15 @@ def _store(pipeline: str) -> PipelineStore:
             "Set DAGSTER_HOME or EMBED_PIPELINE_STORE if yours lie elsewhere"
         )
     return PipelineStore(store_root(), pipeline)
+
+
+def _minute(at: str) -> str:
+    return f"{at[:16].replace('T', ' ')} UTC"
+
+
+def _said(entry: Promotion) -> str:
+    reason = "" if entry.event == "promoted" else f", because: {entry.reason}"  # the verdict tells
+    return f"{entry.event.replace('_', ' ')} by {entry.by}{reason}"
 
 
 def _verb(really: bool) -> str:

@@ -6,7 +6,14 @@ raised is a bug of ours and shows its traceback.
 
 
 class UserError(Exception):
-    """Bad input or configuration: the message alone is enough to mend it."""
+    """Bad input or configuration: the message alone is enough to mend it.
+
+    `passing` tells a cause that may be gone by itself soon: then trying again, without changing anything, may help.
+    """
+
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 class ConfigurationError(UserError):
@@ -31,3 +38,11 @@ class ArtifactError(UserError):
 
 class TrainingError(UserError):
     """A training cannot start or has failed; carries the first failing rank's cause."""
+
+
+class GateError(UserError):
+    """A candidate may not take the champion's place, or what should take it back cannot be named."""
+
+
+class TrackingError(UserError):
+    """MLflow was needed and did not answer, or refused."""

@@ -7,6 +7,7 @@ when definitions load, before any work. This module imports neither torch nor da
 from __future__ import annotations
 
 import difflib
+import zoneinfo
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -257,6 +258,11 @@ class CleaningSettings(Settings):
     query_max_characters: int = Field(2_000, ge=1)
     passage_min_characters: int = Field(2, ge=1)
     passage_max_characters: int = Field(100_000, ge=1)
+    max_missing_answers: Share = Field(
+        0.05,
+        description="the share of a split's answers, and of its questions, that may be lost because a text is nowhere "
+        "or empty; above it nothing is published",
+    )
     near_duplicates: NearDuplicateSettings = NearDuplicateSettings()
     split: SplitSettings = SplitSettings()
 
@@ -460,7 +466,19 @@ class GuardSettings(Settings):
     path: str = Field(description="the folder (beir) or file (scored); relative to the YAML file")
     split: str | None = Field("test", description="which split of it; null: all rows. Ignored where it has none")
     max_loss: Share = Field(0.02, description="the candidate may lose at most so much against the base embedder")
-    max_queries: int | None = Field(None, ge=2, description="measure on a seeded sample of this many queries or pairs")
+    max_queries: int | None = Field(None, ge=4, description="measure on a seeded sample of this many queries or pairs")
+    max_passages: int | None = Field(
+        None,
+        ge=10,
+        description="beir: search among a seeded sample of this many passages, all relevant ones among them. Faster, "
+        "easier (so not comparable with published figures), and still the same for base and candidate",
+    )
+
+    @model_validator(mode="after")
+    def _passages_of_a_corpus(self) -> GuardSettings:
+        if self.kind == "scored" and self.max_passages is not None:
+            raise ValueError("max_passages belongs to a guard of kind beir: scored pairs have no corpus")
+        return self
 
 
 class ForgettingSettings(Settings):
@@ -473,8 +491,10 @@ class ForgettingSettings(Settings):
         "shows the trade-off, auto goes on with the best coefficient, chosen on dev and on one half of each guard set "
         "while the gate judges by the other half",
     )
-    coefficients: tuple[Share, ...] = Field(
-        (0.2, 0.4, 0.6, 0.8), description="shares of the fine-tuned weights that are tried; 0 and 1 always are"
+    coefficients: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = Field(
+        (0.2, 0.4, 0.6, 0.8),
+        min_length=1,
+        description="shares of the fine-tuned weights that are tried; 0, the base, and 1 are measured in any case",
     )
 
     @model_validator(mode="after")
@@ -488,16 +508,42 @@ class ForgettingSettings(Settings):
 class AutomationSettings(Settings):
     """What happens without a person. Everything is off until it is asked for."""
 
-    watch: bool = Field(False, description="clean every new state of the raw files once it has settled")
-    watch_interval_seconds: int = Field(60, ge=1, description="time between two looks at the raw files")
+    watch: bool = Field(False, description="read and clean every new state of the raw files, once it has settled")
+    watch_interval_seconds: int = Field(
+        60, ge=1, description="time between two looks at the raw files; the daemon looks every 5 seconds at most"
+    )
     retrain: str | None = Field(
         None,
         description="on_change: as soon as the content of the cleaned pairs changed; a cron line such as '0 2 * * *': "
-        "at that time, if anything changed since the models were trained; unset: never by itself",
+        "at that time, if the raw files or the cleaned pairs are not those that the models were trained on; unset: "
+        "never by itself",
     )
     timezone: str = Field("UTC", description="of the cron line, e.g. Europe/Berlin")
     retries: int = Field(1, ge=0, description="times a step is tried again when it failed for a passing reason")
     max_run_hours: float = Field(24.0, gt=0, description="a run that takes longer is ended")
+
+    @field_validator("timezone")
+    @classmethod
+    def _a_real_zone(cls, given: str) -> str:
+        try:
+            zoneinfo.ZoneInfo(given)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            near = difflib.get_close_matches(given, zoneinfo.available_timezones(), n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ValueError(
+                f"no time zone is called '{given}'.{hint} Expected a name such as UTC or Europe/Berlin"
+            ) from None
+        return given
+
+    @property
+    def cron(self) -> str | None:
+        """The cron line in `retrain`, if it is one."""
+        return None if self.retrain == "on_change" else self.retrain
+
+    @property
+    def unattended(self) -> bool:
+        """Whether anything starts without a person."""
+        return self.watch or self.retrain is not None
 
 
 class TrackingSettings(Settings):
@@ -530,6 +576,15 @@ class PipelineSettings(Settings):
         return "merged_embedder" if self.forgetting.guards and self.forgetting.merging != "off" else "embedder"
 
     @model_validator(mode="after")
+    def _nothing_to_watch(self) -> PipelineSettings:
+        if self.automation.watch and self.source.script is not None:
+            raise ValueError(
+                "automation.watch: source.script builds the raw files anew in every run, so watching them would never "
+                "rest. Leave `watch` out; `retrain` with a cron line runs the script at that time"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _enough_negatives(self) -> PipelineSettings:
         needed, mined = self.embedder.train_group_size - 1, self.mining.num_negatives
         if needed > mined:
@@ -539,6 +594,50 @@ class PipelineSettings(Settings):
                 "embedder.train_group_size"
             )
         return self
+
+
+# --------------------------------------------------------------------------------------------- smoke test
+
+SMOKE_TEST_QUERIES = 400  # of the raw rows; 40 of them are dev and 80 are test, where the splits are the default ones
+
+
+def smoke_test_of(settings: PipelineSettings) -> PipelineSettings:
+    """The same pipeline in small: every stage does its work, and nothing it makes is any good.
+
+    What a pipeline is (sources, models, engines, losses, rules) stays; how much it does is capped.
+    """
+    training = {
+        "max_steps": 4,
+        "batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "logging_steps": 1,
+        "evaluations": 1,
+        "train_queries": 64,
+        "dev_queries": 20,
+    }
+    guards = [_smoke_test_guard(guard) for guard in settings.forgetting.guards]
+    small = {
+        "mining": _capped(settings.mining, {"top_k": settings.mining.range_min + 20}),
+        "embedder": _capped(settings.embedder, {**training, "dev_passages": 100}),
+        "reranker": _capped(settings.reranker, training),
+        "evaluation": _capped(
+            settings.evaluation, {"rerank_top_k": 10, "rerank_queries": 20, "bootstrap_samples": 200}
+        ),
+        "forgetting": {**settings.forgetting.model_dump(), "guards": guards, "coefficients": [0.5]},
+        # Nothing starts by itself, and a failure is told at once.
+        "automation": {"retries": 0},
+    }
+    return PipelineSettings.model_validate({**settings.model_dump(), **small})
+
+
+def _smoke_test_guard(guard: GuardSettings) -> dict[str, Any]:
+    return _capped(guard, {"max_queries": 50, **({"max_passages": 200} if guard.kind == "beir" else {})})
+
+
+def _capped(settings: Settings, most: dict[str, int]) -> dict[str, Any]:
+    """The settings with each number lowered to what it may be at most; unset means without a limit."""
+    given = settings.model_dump()
+    return {**given, **{key: cap if given[key] is None else min(given[key], cap) for key, cap in most.items()}}
 
 
 def _is_hex(value: str | None, digits: int) -> bool:

@@ -7,7 +7,6 @@ works, so that finding out that nothing changed takes a moment.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,16 +17,26 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from embed_pipeline import __version__
-from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Recipe, RunIds, store_root
+from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Recipe, RunIds, is_smoke_test, store_root
 from embed_pipeline.champions import Champion, models_of, pair_key, read_history
 from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError
+from embed_pipeline.evaluation.guard_files import guard_digest
 from embed_pipeline.launch.torchrun import has_gpu_driver, processes_per_node
 from embed_pipeline.launch.training import launch_training
 from embed_pipeline.models.folder import pair_length
 from embed_pipeline.models.source import locate, weights_digest
-from embed_pipeline.settings import MiningSettings, ModelSource, PipelineSettings, Settings, TrainingSettings
-from embed_pipeline.sources.fingerprint import fingerprint, refuse_changed
+from embed_pipeline.settings import (
+    SMOKE_TEST_QUERIES,
+    MiningSettings,
+    ModelSource,
+    PipelineSettings,
+    Settings,
+    TrainingSettings,
+    smoke_test_of,
+)
+from embed_pipeline.sources.fingerprint import content_digest, fingerprint, look, refuse_changed, state_digest
 from embed_pipeline.sources.read import read_sources
+from embed_pipeline.sources.sample import sample_rows
 from embed_pipeline.sources.script import run_script
 from embed_pipeline.tables import (
     CANDIDATES,
@@ -45,18 +54,23 @@ from embed_pipeline.training.job import JOB_FILE, MODEL_FOLDER, SUMMARY_FILE
 
 if TYPE_CHECKING:
     from embed_pipeline.evaluation.compared import ChampionModels
+    from embed_pipeline.evaluation.guard_sets import GuardSet
     from embed_pipeline.mining.report import MiningReport
     from embed_pipeline.models.embedder import Embedder
+    from embed_pipeline.tracking.promotion import Promoted
+    from embed_pipeline.tracking.registry import Candidate
     from embed_pipeline.training.job import TrainingJob
 
 # Part of every recipe: raise a stage's number when a change to its code changes what it makes.
 CODE_VERSIONS = {
     "raw_pairs": "1",
-    "cleaned_pairs": "1",
+    "cleaned_pairs": "2",
     "hard_negatives": "1",
     "embedder": "1",
+    "merged_embedder": "1",
     "reranker": "1",
     "evaluation": "2",
+    "champion": "1",
 }
 
 Launch = Callable[["TrainingJob", Path, "TrackedRun | None"], None]
@@ -71,10 +85,14 @@ class Pipeline:
     folder: Path
     store: PipelineStore
     dagster_run_id: str | None = None
+    smoke_test: bool = False  # a run in small: see settings.smoke_test_of
 
     @classmethod
     def of(cls, settings: PipelineSettings, folder: Path) -> Pipeline:
-        return cls(settings, folder, PipelineStore(store_root(), settings.name))
+        """The pipeline of a YAML in `folder`, or a smoke test of it where EMBED_PIPELINE_SMOKE_TEST asks for one."""
+        small = is_smoke_test()
+        told = smoke_test_of(settings) if small else settings
+        return cls(told, folder, PipelineStore(store_root(), settings.name), smoke_test=small)
 
     def for_run(self, dagster_run_id: str, **changed: Settings) -> Pipeline:
         """This pipeline in one Dagster run, with the stages' settings that were changed for it.
@@ -117,17 +135,31 @@ def make_raw_pairs(pipeline: Pipeline) -> Produced:
     """The user's files -> one raw parquet table."""
     source = pipeline.settings.source
     run_script(source, pipeline.folder)
+    state = state_digest(look(source, pipeline.folder))
     files = fingerprint(source, pipeline.folder)
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
     def make(out: Path) -> Made:
         report = read_sources(source, pipeline.folder, out)
         # A file that was still being written would tie rows to a recipe that other rows have.
         refuse_changed(files, source, pipeline.folder)
+        if pipeline.smoke_test:
+            by_kind = sample_rows(out, SMOKE_TEST_QUERIES, pipeline.settings.seed)
+            report = report.model_copy(update={"rows": sum(by_kind.values()), "rows_by_kind": by_kind})
         return pipeline.untracked(report)
 
-    recipe = pipeline.recipe("raw_pairs", [], {"files": digest}, source.model_dump(mode="json"))
-    return pipeline.store.produce("raw_pairs", recipe, [], make, content=[RAW_FILE])
+    produced = pipeline.store.produce(
+        "raw_pairs", raw_recipe(pipeline, content_digest(files)), [], make, content=[RAW_FILE]
+    )
+    pipeline.store.note_read(produced.artifact, state)
+    return produced
+
+
+def raw_recipe(pipeline: Pipeline, files: str) -> Recipe:
+    """What decides the raw rows; `files` is the `content_digest` of the raw files."""
+    told = pipeline.settings.source.model_dump(mode="json")
+    if pipeline.smoke_test:
+        told["sampled_queries"] = SMOKE_TEST_QUERIES
+    return pipeline.recipe("raw_pairs", [], {"files": files}, told)
 
 
 def make_cleaned_pairs(pipeline: Pipeline) -> Produced:
@@ -181,6 +213,7 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
     )
 
     def make(out: Path) -> Made:
+        _load_guards(pipeline)  # a guard set that cannot be read is told before the training, not after
         job = EmbedderJob(
             settings=settings,
             seed=pipeline.settings.seed,
@@ -196,13 +229,81 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
     return pipeline.store.produce("embedder", recipe, [cleaned, negatives], make, content=None)
 
 
+def make_merged_embedder(pipeline: Pipeline) -> Produced:
+    """Fine-tuned embedder -> the same, or where it lost more than the guard sets allow, merged with its base."""
+    from embed_pipeline.merging.trade_off import DIGEST_FILE
+
+    settings = pipeline.settings
+    embedder = pipeline.store.current("embedder")
+    cleaned = pipeline.store.get("cleaned_pairs", embedder.input("cleaned_pairs"))
+    _refuse_another_base(pipeline, embedder)
+    base = locate(settings.embedder.base_model, pipeline.folder)
+    inputs, trust = [cleaned, embedder], settings.embedder.base_model.trust_remote_code
+    told = {
+        "forgetting": settings.forgetting.model_dump(mode="json"),
+        "encoding": settings.embedder.encoding.model_dump(mode="json"),
+        "encode_precision": settings.encode_precision,
+        "device": device_kind(),
+    }
+
+    def make(out: Path) -> Made:
+        from embed_pipeline.merging.merge import Ancestry, merge
+        from embed_pipeline.training.dev_set import EmbedderDevSet
+        from embed_pipeline.training.job import EmbedderJob
+
+        job = EmbedderJob.read(embedder.path / JOB_FILE).model_copy(update={"cleaned_pairs": cleaned.path})
+        with pipeline.tracked("merged_embedder") as tracked, _watched(tracked):
+            report = merge(
+                Ancestry(base, settings.embedder.encoding, embedder.path / MODEL_FOLDER, trust),
+                EmbedderDevSet.read(job),  # the questions by which the training chose its best weights
+                _load_guards(pipeline),
+                settings.forgetting,
+                out,
+                encode_precision=settings.encode_precision,
+                cache_folder=pipeline.store.embeddings_folder,
+            )
+            if tracked is not None:
+                tracked.log_parameters(told)
+                tracked.log_inputs(inputs, "merging")
+                tracked.log_metrics(report.taken.metrics)
+                if report.outcome == "merged" and settings.tracking.log_model:
+                    tracked.log_folder(out / MODEL_FOLDER, "model")
+        return Made(report.model_dump(mode="json"), pipeline.runs(tracked))
+
+    digests = {"base_embedder": weights_digest(base), **_guard_digests(pipeline)}
+    recipe = pipeline.recipe("merged_embedder", inputs, digests, told)
+    # The weights are what is handed over: where the same ones go on, nothing after them is trained again.
+    return pipeline.store.produce("merged_embedder", recipe, inputs, make, content=[DIGEST_FILE])
+
+
+def final_embedder(pipeline: Pipeline) -> Artifact:
+    """The embedder that goes on to the reranker and to the gate: the fine-tuned one, or what merging made of it.
+
+    Raises ArtifactError when merging has not yet looked at the current embedder, guard sets or settings.
+    """
+    final = pipeline.store.current(pipeline.settings.final_embedder)
+    if final.manifest.asset == "embedder":
+        return final
+    embedder, made_from = pipeline.store.current("embedder"), final.manifest.recipe
+    expected = {"embedder": embedder.content, **_guard_digests(pipeline)}
+    forgetting = pipeline.settings.forgetting.model_dump(mode="json")
+    found = {name: made_from.inputs.get(name) for name in expected}
+    if found != expected or made_from.settings["forgetting"] != forgetting:
+        raise ArtifactError(
+            f"{_title(final)} was made from embedder {final.input('embedder')}, but the embedder (current is "
+            f"{embedder.version}), a guard set or the settings under `forgetting` changed since. Materialize "
+            f"{pipeline.settings.name}/merged_embedder first"
+        )
+    return final
+
+
 def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produced:
     """Negatives as the fine-tuned embedder retrieves them -> fine-tuned reranker, by one torchrun job."""
     from embed_pipeline.training.job import RerankerJob
 
     settings, window = pipeline.settings.reranker, pipeline.settings.evaluation.rerank_top_k
     mining = pipeline.settings.mining.model_copy(update={"num_negatives": settings.num_negatives})
-    embedder = pipeline.store.current("embedder")
+    embedder = final_embedder(pipeline)
     cleaned = pipeline.store.get("cleaned_pairs", embedder.input("cleaned_pairs"))
     base, trust_remote_code = base_reranker(pipeline, embedder)
     processes = processes_per_node(settings.nproc_per_node)
@@ -239,8 +340,6 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
 
 def make_evaluation(pipeline: Pipeline) -> Produced:
     """Base models, candidate and champion on the test split -> figures, the gate's verdict, and the report."""
-    from embed_pipeline.evaluation.guard_sets import guard_digest
-
     settings = pipeline.settings
     cleaned, embedder, reranker = trained_together(pipeline)
     inputs = [cleaned, embedder, reranker]
@@ -253,12 +352,10 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
         "encode_precision": settings.encode_precision,
         "device": device_kind(),
     }
-    digests = {f"guard {g.name}": guard_digest(g, pipeline.folder) for g in settings.forgetting.guards}
 
     def make(out: Path) -> Made:
         from embed_pipeline.evaluation.compared import ComparedModels
         from embed_pipeline.evaluation.evaluate import evaluate
-        from embed_pipeline.evaluation.guard_sets import load_guard
         from embed_pipeline.evaluation.history import history_of
 
         # The lengths the reranker was trained with: a run may have changed those of the YAML.
@@ -282,7 +379,7 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
                 settings.seed,
                 out,
                 gate=settings.gate,
-                guards=[load_guard(g, pipeline.folder, settings.seed) for g in settings.forgetting.guards],
+                guards=_load_guards(pipeline),
                 # Where merging looked at one half of a guard set, the other half judges.
                 guard_part="all" if settings.final_embedder == "embedder" else "judging",
                 history=history_of(pipeline.store),
@@ -306,8 +403,50 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
         }
         return Made(told_in_short, pipeline.runs(tracked))
 
-    recipe = pipeline.recipe("evaluation", inputs, {**digests, "champion": champion.key if champion else "none"}, told)
+    digests = {**_guard_digests(pipeline), "champion": champion.key if champion else "none"}
+    recipe = pipeline.recipe("evaluation", inputs, digests, told)
     return pipeline.store.produce("evaluation", recipe, inputs, make, content=None)
+
+
+def make_champion(pipeline: Pipeline) -> Promoted:
+    """A candidate that passed the gate -> both models in MLflow's registry, the aliases and the store's pointer moved.
+
+    Raises ArtifactError, GateError, ModelError or TrackingError where it may not serve; nothing has moved then.
+    """
+    from embed_pipeline.tracking.promotion import person, promote
+
+    run = pipeline.dagster_run_id
+    return promote(
+        pipeline.store,
+        _candidate(pipeline),
+        lambda: pipeline.tracked("champion"),
+        by=f"Dagster run {run}" if run else person(),
+        smoke_test=pipeline.smoke_test,
+    )
+
+
+def mark_challenger(pipeline: Pipeline) -> None:
+    """A candidate that did not pass -> the alias `challenger`, if MLflow answers. A smoke test marks nothing."""
+    from embed_pipeline.tracking.promotion import challenge
+
+    if not pipeline.smoke_test:
+        challenge(pipeline.store, _candidate(pipeline), lambda: pipeline.tracked("challenger"))
+
+
+def _candidate(pipeline: Pipeline) -> Candidate:
+    """The current models with the evaluation that judged them; raises ArtifactError where it judged others."""
+    from embed_pipeline.tracking.registry import Candidate
+
+    cleaned, embedder, reranker = trained_together(pipeline)
+    evaluation = pipeline.store.current("evaluation")
+    for artifact in (cleaned, embedder, reranker):
+        asset = artifact.manifest.asset
+        if evaluation.manifest.recipe.inputs.get(asset) != artifact.content:
+            raise ArtifactError(
+                f"{_title(evaluation)} was made with {asset} {evaluation.manifest.inputs.get(asset, 'of no version')}, "
+                f"but {artifact.version} is current. Materialize {pipeline.settings.name}/evaluation again"
+            )
+    return Candidate(embedder, reranker, evaluation)
 
 
 def reference(pipeline: Pipeline, embedder: Artifact, reranker: Artifact) -> Champion | None:
@@ -355,33 +494,54 @@ def trained_together(pipeline: Pipeline) -> tuple[Artifact, Artifact, Artifact]:
     gain over a base that it was not trained from means nothing.
     """
     store, name = pipeline.store, pipeline.settings.name
-    cleaned, embedder, reranker = (store.current(asset) for asset in ("cleaned_pairs", "embedder", "reranker"))
+    cleaned, embedder, reranker = store.current("cleaned_pairs"), final_embedder(pipeline), store.current("reranker")
     of_embedder, of_reranker = embedder.manifest.recipe, reranker.manifest.recipe
     if of_embedder.inputs["cleaned_pairs"] != cleaned.content:
         raise ArtifactError(
-            f"{name}/embedder {embedder.version} was trained on cleaned_pairs {embedder.input('cleaned_pairs')}, but "
-            f"{cleaned.version} is current: its test questions may have been trained on. Materialize "
-            f"{name}/hard_negatives, {name}/embedder and {name}/reranker first"
+            f"{_title(embedder)} was trained on cleaned_pairs {embedder.input('cleaned_pairs')}, but "
+            f"{cleaned.version} is current: its test questions may have been trained on. {_train_again(pipeline)}"
         )
-    base = weights_digest(locate(pipeline.settings.embedder.base_model, pipeline.folder))
-    encoding = pipeline.settings.embedder.encoding.model_dump(mode="json")
-    if of_embedder.inputs["base_embedder"] != base or of_embedder.settings["encoding"] != encoding:
+    _refuse_another_base(pipeline, embedder)
+    final = embedder.manifest.asset
+    if of_reranker.inputs.get(final) != embedder.content:
         raise ArtifactError(
-            f"{name}/embedder {embedder.version} was not trained from the base model and encoding that the YAML names "
-            f"now, so a gain over them would mean nothing. Materialize {name}/hard_negatives, {name}/embedder and "
-            f"{name}/reranker first"
-        )
-    if of_reranker.inputs["embedder"] != embedder.content:
-        raise ArtifactError(
-            f"{name}/reranker {reranker.version} was trained for embedder {reranker.input('embedder')}, but "
+            f"{_title(reranker)} was trained for {final} {reranker.manifest.inputs.get(final, 'of no version')}, but "
             f"{embedder.version} is current. Materialize {name}/reranker first"
         )
     if of_reranker.inputs["base_reranker"] != weights_digest(base_reranker(pipeline, embedder)[0]):
         raise ArtifactError(
-            f"{name}/reranker {reranker.version} was not trained from the base model that the YAML names now. "
+            f"{_title(reranker)} was not trained from the base model that the YAML names now. "
             f"Materialize {name}/reranker first"
         )
     return cleaned, embedder, reranker
+
+
+def negatives_of(pipeline: Pipeline, embedder: Artifact) -> Artifact:
+    """The hard negatives that an embedder, merged or not, was trained on."""
+    if embedder.manifest.asset == "merged_embedder":
+        embedder = pipeline.store.get("embedder", embedder.input("embedder"))
+    return pipeline.store.get("hard_negatives", embedder.input("hard_negatives"))
+
+
+def _refuse_another_base(pipeline: Pipeline, embedder: Artifact) -> None:
+    base = weights_digest(locate(pipeline.settings.embedder.base_model, pipeline.folder))
+    encoding = pipeline.settings.embedder.encoding.model_dump(mode="json")
+    made_from = embedder.manifest.recipe
+    if made_from.inputs["base_embedder"] != base or made_from.settings["encoding"] != encoding:
+        raise ArtifactError(
+            f"{_title(embedder)} was not trained from the base model and encoding that the YAML names now, so a gain "
+            f"over them would mean nothing. {_train_again(pipeline)}"
+        )
+
+
+def _train_again(pipeline: Pipeline) -> str:
+    name, final = pipeline.settings.name, pipeline.settings.final_embedder
+    merged = f", {name}/merged_embedder" if final == "merged_embedder" else ""
+    return f"Materialize {name}/hard_negatives, {name}/embedder{merged} and {name}/reranker first"
+
+
+def _title(artifact: Artifact) -> str:
+    return f"{artifact.manifest.pipeline}/{artifact.manifest.asset} {artifact.version}"
 
 
 def base_embedder(pipeline: Pipeline) -> Embedder:
@@ -446,6 +606,18 @@ def _mining_told(pipeline: Pipeline, mining: MiningSettings) -> dict[str, Any]:
 def _veto_digest(pipeline: Pipeline) -> dict[str, str]:
     veto = pipeline.settings.mining.veto
     return {} if veto is None else {"veto": weights_digest(locate(veto.model, pipeline.folder))}
+
+
+def _load_guards(pipeline: Pipeline) -> list[GuardSet]:
+    from embed_pipeline.evaluation.guard_sets import load_guard
+
+    settings = pipeline.settings
+    return [load_guard(guard, pipeline.folder, settings.seed) for guard in settings.forgetting.guards]
+
+
+def _guard_digests(pipeline: Pipeline) -> dict[str, str]:
+    guards = pipeline.settings.forgetting.guards
+    return {f"guard {guard.name}": guard_digest(guard, pipeline.folder) for guard in guards}
 
 
 def _watched(tracked: TrackedRun | None) -> AbstractContextManager[None]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
+import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Recipe, RunIds
+from embed_pipeline.artifacts import RUN_GOES_ON, RUN_IS_OVER, Artifact, Made, PipelineStore, Produced, Recipe, RunIds
 from embed_pipeline.errors import ArtifactError
 
 
@@ -202,3 +208,191 @@ def test_a_version_whose_input_was_deleted_by_hand_can_still_be_listed(store: Pi
     store.remove(raw)
 
     assert store.lineage(cleaned) == {"cleaned_pairs": {cleaned.version}}
+
+
+def in_run(store: PipelineStore, run: str) -> PipelineStore:
+    return PipelineStore(store.folder.parent, store.pipeline, run=run)
+
+
+def test_two_runs_at_once_go_on_with_what_each_of_them_made(store: PipelineStore) -> None:
+    """Both make a model before either evaluates; without their own notes both would evaluate the later one."""
+    raw = table(store, "raw_pairs", "abc").artifact
+    trained = threading.Barrier(2)
+
+    def train_and_evaluate(run: str) -> None:
+        own = in_run(store, run)
+        model = table(own, "embedder", f"weights of {run}", {"run": run}, own.current("raw_pairs")).artifact
+        trained.wait(timeout=30)
+        assert own.current("embedder") == model
+        table(own, "evaluation", f"figures of {run}", {"run": run}, own.current("embedder"))
+
+    threads = [threading.Thread(target=train_and_evaluate, args=(run,)) for run in ("run-a", "run-b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+
+    for run in ("run-a", "run-b"):
+        own = in_run(store, run)
+        evaluated = store.get("embedder", own.current("evaluation").input("embedder"))
+        assert (evaluated.path / "rows.txt").read_text() == f"weights of {run}"
+        assert evaluated.input("raw_pairs") == raw.version
+    # Whoever asks without a run gets what was made last.
+    assert store.current("embedder") in [in_run(store, run).current("embedder") for run in ("run-a", "run-b")]
+
+
+def test_a_run_goes_on_with_a_version_that_it_found_made_before(store: PipelineStore) -> None:
+    first = table(in_run(store, "run-a"), "raw_pairs", "abc", {"k": 1}).artifact
+    table(in_run(store, "run-b"), "raw_pairs", "abd", {"k": 2})
+
+    found = table(in_run(store, "run-c"), "raw_pairs", "abc", {"k": 1})
+    table(in_run(store, "run-d"), "raw_pairs", "abe", {"k": 3})
+
+    assert found.reused
+    assert in_run(store, "run-c").current("raw_pairs") == first
+    assert in_run(store, "run-e").current("raw_pairs") == store.current("raw_pairs") != first
+
+
+def grow_old(store: PipelineStore, run: str, seconds: float) -> Path:
+    folder = store.folder / ".runs" / run
+    then = time.time() - seconds
+    os.utime(folder, (then, then))
+    return folder
+
+
+def test_pruning_leaves_a_run_between_two_stages_what_it_goes_on_with(store: PipelineStore) -> None:
+    raw = table(in_run(store, "run-a"), "raw_pairs", "abc", {"k": 1}).artifact
+    made = table(in_run(store, "run-a"), "embedder", "weights", {"k": 1}, raw).artifact
+    table(in_run(store, "run-b"), "raw_pairs", "abd", {"k": 2})
+    table(in_run(store, "run-b"), "embedder", "other weights", {"k": 2})
+
+    assert store.prunable() == []
+
+    grow_old(store, "run-a", RUN_GOES_ON.total_seconds() + 60)
+    assert {(a.manifest.asset, a.version) for a in store.prunable()} == {
+        ("raw_pairs", raw.version),
+        ("embedder", made.version),
+    }
+
+
+def test_notes_of_runs_long_over_are_cleaned_away(store: PipelineStore) -> None:
+    for run in ("run-a", "run-b"):
+        table(in_run(store, run), "raw_pairs", "abc")
+    old = grow_old(store, "run-a", RUN_IS_OVER.total_seconds() + 60)
+
+    assert store.abandoned() == [old]
+    for folder in store.abandoned():
+        store.remove_folder(folder)
+
+    assert [path.name for path in (store.folder / ".runs").iterdir()] == ["run-b"]
+    assert in_run(store, "run-a").current("raw_pairs") == store.current("raw_pairs")
+
+
+def test_pruning_keeps_what_it_is_told_to_keep_and_what_that_was_made_from(store: PipelineStore) -> None:
+    raw = table(store, "raw_pairs", "old", {"k": 1}).artifact
+    model = table(store, "embedder", "old weights", {"k": 1}, raw).artifact
+    other = table(store, "embedder", "other weights", {"k": 2}, raw).artifact
+    table(store, "raw_pairs", "new", {"k": 2})
+    table(store, "embedder", "new weights", {"k": 3})
+
+    assert {a.version for a in store.prunable()} == {raw.version, model.version, other.version}
+    assert store.prunable(keep=[("embedder", model.version), ("evaluation", "gone")]) == [other]
+
+
+def of_another_pipeline(artifact: Artifact) -> None:
+    """The whole folder of another pipeline's version, put in this one's place."""
+    other = PipelineStore(artifact.path.parents[2], "another")
+    copied = table(other, artifact.manifest.asset, "better weights").artifact
+    shutil.rmtree(artifact.path)
+    shutil.copytree(copied.path, artifact.path)
+
+
+def of_another_version(artifact: Artifact) -> None:
+    store = PipelineStore(artifact.path.parents[2], "support")
+    renamed = table(store, artifact.manifest.asset, "other weights", {"k": 2}).artifact
+    table(store, artifact.manifest.asset, "abc")
+    shutil.rmtree(artifact.path)
+    renamed.path.rename(artifact.path)
+
+
+def edited(artifact: Artifact) -> None:
+    manifest = artifact.path / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["report"]["rows"] = 1_000_000
+    manifest.write_text(json.dumps(told, indent=2))
+
+
+def hidden(artifact: Artifact) -> None:
+    """A file is changed, and its entry in the manifest with it."""
+    (artifact.path / "rows.txt").write_text("abX")
+    other = table(PipelineStore(artifact.path.parents[2], "another"), artifact.manifest.asset, "abX").artifact
+    manifest = artifact.path / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["files"]["rows.txt"]["sha256"] = other.manifest.files["rows.txt"].sha256
+    manifest.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (of_another_pipeline, r"holds another/embedder version \w+, not support/embedder version \w+: it was copied"),
+        (of_another_version, r"holds support/embedder version \w+, not support/embedder version \w+: it was copied"),
+        (edited, r"manifest\.json was edited after support/embedder version \w+ was published"),
+        (hidden, r"manifest\.json was edited after support/embedder version \w+ was published"),
+    ],
+    ids=["another pipeline's", "a renamed folder", "an edited manifest", "an edited file and manifest"],
+)
+def test_a_version_that_is_not_what_was_published_here_is_refused_everywhere(
+    store: PipelineStore, harm: Callable[[Artifact], None], said: str
+) -> None:
+    artifact = table(store, "embedder", "abc").artifact
+    harm(artifact)
+    readers: list[Callable[[], object]] = [
+        lambda: store.current("embedder"),
+        lambda: store.get("embedder", artifact.version),
+        lambda: store.versions("embedder"),
+        lambda: table(store, "embedder", "abc"),  # found made before
+        store.prunable,
+    ]
+    for read in readers:
+        with pytest.raises(ArtifactError, match=said):
+            read()
+
+
+def test_a_manifest_written_anew_with_the_same_content_is_the_same(store: PipelineStore) -> None:
+    artifact = table(store, "raw_pairs", "abc").artifact
+    manifest = artifact.path / "manifest.json"
+    manifest.write_text(json.dumps(dict(sorted(json.loads(manifest.read_text()).items()))))
+
+    assert store.current("raw_pairs") == artifact
+
+
+def test_a_file_that_was_added_is_told(store: PipelineStore) -> None:
+    """An adapter or a module of code beside the weights changes a model as much as other weights do."""
+    artifact = table(store, "embedder", "abc").artifact
+    (artifact.path / "adapter_config.json").write_text("{}")
+
+    with pytest.raises(ArtifactError, match=r"adapter_config\.json was added after support/embedder version"):
+        artifact.verify()
+
+
+@pytest.mark.parametrize(
+    ("pointer", "said"),
+    [
+        ('{"version": "0123456789abcdef", "reused": false}', r"points to version 0123456789abcdef, which is not there"),
+        ('{"version": "01234', r"current\.json cannot be read"),
+        ("[]", r"current\.json cannot be read"),
+        ('{"reused": false}', r"current\.json cannot be read: KeyError\('version'\)"),
+    ],
+)
+def test_a_pointer_that_leads_nowhere_says_so_and_is_mended_by_making_it_again(
+    store: PipelineStore, pointer: str, said: str
+) -> None:
+    artifact = table(store, "raw_pairs", "abc").artifact
+    (store.folder / "raw_pairs" / "current.json").write_text(pointer)
+
+    with pytest.raises(ArtifactError, match=rf"{said}.*Materialize support/raw_pairs again"):
+        store.current("raw_pairs")
+
+    assert table(store, "raw_pairs", "abc").reused
+    assert store.current("raw_pairs") == artifact

@@ -8,7 +8,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Recipe, RunIds
+from embed_pipeline.champions import pointer
 from embed_pipeline.command_line import main
+from tests.small_ledger import model, pair, promote
 
 
 @pytest.fixture
@@ -58,6 +60,38 @@ def test_prune_waits_for_a_run_that_is_making_something(store: PipelineStore) ->
 
     assert result.exit_code == 1
     assert "a run is making embedder" in result.output
+
+
+def test_prune_keeps_the_champion_and_the_one_before_it_with_all_they_were_made_from(store: PipelineStore) -> None:
+    names = ("first", "second", "third", "last")
+    made: dict[str, list[Artifact]] = {}
+    for name in names:
+        raw = model(store, "raw_pairs", name)
+        embedder = model(store, "embedder", name, raw)
+        reranker = model(store, "reranker", name, embedder)
+        evaluation = model(store, "evaluation", name, embedder, reranker)
+        made[name] = [raw, embedder, reranker, evaluation]
+        if name != "last":
+            promote(store, pair(embedder.version, reranker.version, evaluation.version))
+
+    run("prune", "support", "--yes")
+
+    assert [name for name in names if any(artifact.path.exists() for artifact in made[name])] == list(names[1:])
+    assert all(artifact.path.is_dir() for name in names[1:] for artifact in made[name])
+    assert (pointer(store) / "embedder" / "weights").read_text() == "third"
+
+
+def test_prune_deletes_nothing_while_it_cannot_tell_who_is_champion(store: PipelineStore) -> None:
+    old, new = model(store, "embedder", "old"), model(store, "embedder", "new")
+    promote(store, pair(old.version, model(store, "reranker", "old").version))
+    (store.folder / "promotions" / "0001" / "promotion.json").write_text("")
+
+    result = run("prune", "support", "--yes")
+
+    assert result.exit_code == 1
+    assert "who is the champion of support cannot be told" in result.output
+    assert old.path.is_dir()
+    assert new.path.is_dir()
 
 
 def test_verify_names_a_changed_file(store: PipelineStore) -> None:

@@ -31,7 +31,7 @@ def main() -> None:
         }
         if killed and "TORCHELASTIC_ERROR_FILE" in os.environ:
             rank, exit_code = min(killed.items())
-            message = {"message": f"rank {rank} was ended {meaning_of(exit_code)}"}
+            message = {"message": f"rank {rank} was ended {meaning_of(exit_code)}", "exit_code": exit_code}
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(message))
         raise
 

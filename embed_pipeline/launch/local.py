@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,9 @@ import psutil
 from embed_pipeline import errors
 from embed_pipeline.errors import TrainingError
 
+# What ends a training that did nothing wrong: it was preempted, others took the memory, a connection was lost.
+PASSING_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+PASSING_ERRORS = ("ConnectionError", "ConnectionResetError", "TimeoutError", "DistNetworkError", "SignalException")
 TERMINATE_SECONDS = 15.0  # more than torchrun's own --shutdown-timeout, so that it can end its workers itself
 
 
@@ -34,7 +38,8 @@ def run_local(
     raised here meanwhile (an interrupt, a failing `on_poll`) ends torchrun and all its workers and is raised again.
     When this process is killed outright, the kernel ends them (on Linux).
 
-    Raises TrainingError with the first failing rank's cause, as torchrun leaves it in `error_file`.
+    Raises TrainingError with the first failing rank's cause, as torchrun leaves it in `error_file`; it is `passing`
+    where trying again may help.
     """
     error_file.unlink(missing_ok=True)
     process = subprocess.Popen(
@@ -51,7 +56,7 @@ def run_local(
         stop(process)
         raise
     if process.returncode != 0:
-        raise TrainingError(failure_cause(error_file, process.returncode))
+        raise training_error(error_file, process.returncode)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -73,27 +78,42 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def failure_cause(error_file: Path, return_code: int) -> str:
+def training_error(error_file: Path, return_code: int) -> TrainingError:
     """What ended a training, for a person: the failing rank's exception, or what its exit code means."""
-    message, traceback = _recorded_error(error_file)
-    if message is None:
-        return f"the training ended {meaning_of(return_code)}, and no rank left an error; its log is above"
-    kind, _, text = message.partition(": ")
+    recorded = _recorded_error(error_file)
+    if recorded is None:
+        return TrainingError(
+            f"the training ended {meaning_of(return_code)}, and no rank left an error; its log is above",
+            passing=-return_code in PASSING_SIGNALS,
+        )
+    kind, _, text = recorded.message.partition(": ")
     if isinstance(getattr(errors, kind, None), type):
-        return text  # written for the user: the message says it all
-    return f"the training failed with {message}\n\n{traceback}" if traceback else f"the training failed: {message}"
+        return TrainingError(text)  # written for the user: the message says it all
+    passing = -recorded.exit_code in PASSING_SIGNALS or kind in PASSING_ERRORS
+    if recorded.traceback:
+        return TrainingError(f"the training failed with {recorded.message}\n\n{recorded.traceback}", passing=passing)
+    return TrainingError(f"the training failed: {recorded.message}", passing=passing)
 
 
-def _recorded_error(error_file: Path) -> tuple[str | None, str]:
-    """(exception, traceback) as torch.distributed.elastic's `record` writes them, (None, "") when it did not."""
+@dataclass(frozen=True)
+class _Recorded:
+    """A rank's error: as torch.distributed.elastic's `record` writes it, or what `agent` says of a killed one."""
+
+    message: str
+    traceback: str = ""
+    exit_code: int = 0  # negative: the signal that ended the rank
+
+
+def _recorded_error(error_file: Path) -> _Recorded | None:
     try:
-        recorded = json.loads(error_file.read_text())["message"]
+        recorded = json.loads(error_file.read_text())
+        message = recorded["message"]
+        if isinstance(message, dict):
+            return _Recorded(message["message"], message.get("extraInfo", {}).get("py_callstack", ""))
+        return _Recorded(message, exit_code=recorded.get("exit_code", 0))
     except (OSError, ValueError, KeyError, TypeError):
         # Not there, or cut short with the rank that wrote it: the exit code is what is left to tell.
-        return None, ""
-    if isinstance(recorded, dict):
-        return recorded.get("message"), recorded.get("extraInfo", {}).get("py_callstack", "")
-    return recorded, ""
+        return None
 
 
 def meaning_of(return_code: int) -> str:

@@ -7,9 +7,12 @@ the tie), which spares `subprocess` a `preexec_fn`: that one may deadlock when o
 from __future__ import annotations
 
 import ctypes
+import functools
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 
 PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
@@ -20,6 +23,23 @@ def die_with_parent(sign: signal.Signals = signal.SIGTERM) -> None:
         return
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, sign) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
+@functools.cache
+def end_with_parent() -> None:
+    """Have this process end by SIGTERM when the process that `multiprocessing` started it from is gone; once is enough.
+
+    Does nothing where there is no such parent.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def follow() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, name="end_with_parent", daemon=True).start()
 
 
 if __name__ == "__main__":

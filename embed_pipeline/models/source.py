@@ -71,8 +71,10 @@ def _check_weights(folder: Path, expected: str) -> None:
 
 
 def _download(hub: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+    lasting = (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)
     try:
         folder = snapshot_download(
             hub, revision=revision, ignore_patterns=["*.onnx", "*.h5", "*.msgpack", "openvino/*"]
@@ -80,6 +82,7 @@ def _download(hub: str, revision: str | None) -> Path:
     except Exception as error:
         raise ModelError(
             f"cannot get {hub} at revision {revision} from the Hub: {error}. Check the id and revision, HF_TOKEN for a "
-            "private model, and the network (HF_HUB_OFFLINE=1 allows only what is already downloaded)"
+            "private model, and the network (HF_HUB_OFFLINE=1 allows only what is already downloaded)",
+            passing=not constants.HF_HUB_OFFLINE and not isinstance(error, lasting),
         ) from error
     return Path(folder)

@@ -1,7 +1,5 @@
 """Guards of every hand-over: blocking where a bad artifact would cost GPU hours or trust, else a warning to look."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +7,7 @@ import dagster as dg
 
 from embed_pipeline.orchestration.reporting import gate_metadata, readable_errors
 from embed_pipeline.settings import MiningSettings
-from embed_pipeline.stages import Pipeline, trained_together
+from embed_pipeline.stages import Pipeline, negatives_of, trained_together
 from embed_pipeline.tables import HARD_NEGATIVES_FILE, RAW_FILE
 
 
@@ -19,6 +17,14 @@ def splits_do_not_leak_and_rows_add_up(pipeline: Pipeline) -> list[str]:
     cleaned = pipeline.store.current("cleaned_pairs")
     raw = pipeline.store.get("raw_pairs", cleaned.input("raw_pairs"))
     return verify(cleaned.path, raw.path / RAW_FILE)
+
+
+def answers_are_in_the_corpus(pipeline: Pipeline) -> list[str]:
+    """Those that are missing; where they are too many, cleaning itself has refused the delivery."""
+    from embed_pipeline.cleaning.clean import CleaningReport
+
+    report = CleaningReport.model_validate(pipeline.store.current("cleaned_pairs").report)
+    return [found.told(split) for split, found in report.answers_by_split.items() if found.missing]
 
 
 def no_positive_among_negatives(pipeline: Pipeline) -> list[str]:
@@ -35,7 +41,7 @@ def trained_on_no_held_out_question(pipeline: Pipeline) -> list[str]:
     from embed_pipeline.evaluation.held_out import held_out_queries_among
 
     cleaned, embedder, reranker = trained_together(pipeline)
-    negatives = pipeline.store.get("hard_negatives", embedder.input("hard_negatives"))
+    negatives = negatives_of(pipeline, embedder)
     trained = {"embedder": negatives.path / HARD_NEGATIVES_FILE, "reranker": reranker.path / HARD_NEGATIVES_FILE}
     found = {model: held_out_queries_among(rows, cleaned.path) for model, rows in trained.items()}
     return [f"the {model} was trained on held-out queries {ids[:3]}" for model, ids in found.items() if ids]
@@ -56,6 +62,12 @@ GUARDS = (
         "cleaned_pairs",
         splits_do_not_leak_and_rows_add_up,
         "No query, document or near-duplicate in two splits; every raw row is kept or rejected with one reason.",
+    ),
+    Guard(
+        "cleaned_pairs",
+        answers_are_in_the_corpus,
+        "Every answer that was delivered points to a query and a passage that are there.",
+        blocking=False,
     ),
     Guard(
         "hard_negatives",
@@ -80,7 +92,7 @@ def _check_of(pipeline: Pipeline, guard: Guard) -> dg.AssetChecksDefinition:
     )
     def check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         with readable_errors():
-            objections = guard.find(pipeline.for_run(context.run_id))
+            objections = guard.find(pipeline.for_run(context.run.run_id))
         return dg.AssetCheckResult(
             passed=not objections,
             severity=dg.AssetCheckSeverity.ERROR if guard.blocking else dg.AssetCheckSeverity.WARN,
@@ -102,7 +114,7 @@ def _gate_of(pipeline: Pipeline) -> dg.AssetChecksDefinition:
         from embed_pipeline.evaluation.gate import GateReport
 
         with readable_errors():
-            evaluation = pipeline.for_run(context.run_id).store.current("evaluation")
+            evaluation = pipeline.for_run(context.run.run_id).store.current("evaluation")
         report = GateReport.model_validate(evaluation.report["gate"])
         smoke_test = "smoke test, the verdict does not count: " if pipeline.smoke_test else ""
         return dg.AssetCheckResult(

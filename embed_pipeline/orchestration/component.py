@@ -9,9 +9,12 @@ import dagster as dg
 from pydantic import BaseModel
 
 from embed_pipeline.errors import ConfigurationError, ModelError
+from embed_pipeline.evaluation.guard_files import check_guards
 from embed_pipeline.models.source import locate
 from embed_pipeline.orchestration.assets import ASSET_FACTORIES
+from embed_pipeline.orchestration.automation import automated
 from embed_pipeline.orchestration.checks import checks_of
+from embed_pipeline.orchestration.rollback import rollback_job
 from embed_pipeline.settings import ModelSource, PipelineSettings
 from embed_pipeline.sources.check import check_sources
 from embed_pipeline.stages import Pipeline
@@ -53,21 +56,19 @@ class RetrievalPipeline(dg.Component):
         yaml_file = context.path / "defs.yaml" if context.path.is_dir() else context.path
         folder = yaml_file.parent
         try:
-            check_sources(settings.source, folder)
+            check_sources(settings.source, folder, unattended=settings.automation.unattended)
+            check_guards(settings.forgetting, folder)
             _check_local_models(settings, folder)
         except (ConfigurationError, ModelError) as error:
             raise type(error)(f"{yaml_file}: {error}") from error
         return cls(Pipeline.of(settings, folder))
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        assets = [factory(self.pipeline) for factory in ASSET_FACTORIES]
-        selection = dg.AssetSelection.assets(*assets)
-        job = dg.define_asset_job(
-            f"{self.pipeline.settings.name}_pipeline",
-            selection,
-            description="Everything, from the raw files to the evaluation; what was made before is not made again.",
+        assets = [asset for factory in ASSET_FACTORIES if (asset := factory(self.pipeline)) is not None]
+        return dg.Definitions.merge(
+            automated(self.pipeline, assets),
+            dg.Definitions(asset_checks=checks_of(self.pipeline), jobs=[rollback_job(self.pipeline)]),
         )
-        return dg.Definitions(assets=assets, asset_checks=checks_of(self.pipeline), jobs=[job])
 
 
 def _check_local_models(settings: PipelineSettings, folder: Path) -> None:

@@ -11,6 +11,7 @@ import dagster as dg
 
 from embed_pipeline.artifacts import Artifact, Produced
 from embed_pipeline.errors import UserError
+from embed_pipeline.launch.parent_death import end_with_parent
 from embed_pipeline.training.job import MODEL_FOLDER, TRAINING_LOG_FILE
 
 if TYPE_CHECKING:
@@ -19,11 +20,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """A UserError becomes the step's failure with its message alone; retrying would not mend it."""
+    """A UserError becomes the step's failure with its message alone, tried again only where its cause may pass.
+
+    A step that has a process of its own ends with that of its run: when that one is killed, the step would go on for
+    nobody, beside the run that takes over.
+    """
+    end_with_parent()
     try:
         yield
     except UserError as error:
-        raise dg.Failure(description=str(error), allow_retries=False) from error
+        raise dg.Failure(description=str(error), allow_retries=error.passing) from error
 
 
 def materialized(

@@ -24,10 +24,11 @@ class SourceFile:
     path: Path
 
 
-def check_sources(settings: SourceSettings, yaml_folder: Path) -> None:
+def check_sources(settings: SourceSettings, yaml_folder: Path, *, unattended: bool = False) -> None:
     """Every path, glob and folder must match a file now, unless `script` will build it.
 
-    Raises ConfigurationError naming the key, the place looked at and the fix. Opens no file.
+    `unattended`: files come and go while nobody looks, so only the folder they are to lie in must be there. Raises
+    ConfigurationError naming the key, the place looked at and the fix. Opens no file.
     """
     if settings.script is not None and not (yaml_folder / settings.script).is_file():
         raise ConfigurationError(
@@ -35,7 +36,9 @@ def check_sources(settings: SourceSettings, yaml_folder: Path) -> None:
             "the YAML file"
         )
     for key, pattern in _patterns(settings):
-        if not _will_be_built(settings, yaml_folder, pattern):
+        if _will_be_built(settings, yaml_folder, pattern):
+            continue
+        if not (unattended and _folder(yaml_folder / pattern).is_dir()):
             _find(key, pattern, yaml_folder)
 
 
@@ -77,6 +80,13 @@ def _find(key: Key, pattern: str, yaml_folder: Path) -> list[SourceFile]:
     if not parquet:
         raise ConfigurationError(f"source.{key}: {_why_nothing(place, names)}")
     return [SourceFile(key, Path(name).as_posix(), yaml_folder / name) for name in parquet]
+
+
+def _folder(place: Path) -> Path:
+    """The part of a pattern before its first wildcard, without the file's name."""
+    while glob.has_magic(str(place)) or place.suffix == PARQUET:
+        place = place.parent
+    return place
 
 
 def _why_nothing(place: Path, matched: list[str]) -> str:

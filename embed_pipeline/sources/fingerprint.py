@@ -3,28 +3,66 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
+
+from embed_pipeline.artifacts import DIGITS
 from embed_pipeline.errors import ConfigurationError, SourceError
 from embed_pipeline.settings import SourceSettings
-from embed_pipeline.sources.check import source_files
+from embed_pipeline.sources.check import SourceFile, source_files
 
 Entry = dict[str, str | int]
 SHOWN = 3
 
 
-def fingerprint(settings: SourceSettings, yaml_folder: Path) -> list[Entry]:
+class FileState(BaseModel):
+    """A raw file as it lies there; who writes to it changes one of the three, as a rule."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    bytes: int
+    modified_ns: int
+
+
+def look(settings: SourceSettings, yaml_folder: Path) -> tuple[FileState, ...]:
+    """The state of each raw file, in reading order; opens none.
+
+    Raises ConfigurationError where a path matches nothing, OSError where a file was removed in this very moment.
+    """
+    return tuple(_state(file) for file in source_files(settings, yaml_folder))
+
+
+def state_digest(files: Sequence[FileState]) -> str:
+    """One id for the state of all files."""
+    return hashlib.sha256(json.dumps([file.model_dump() for file in files]).encode()).hexdigest()[:DIGITS]
+
+
+def fingerprint(
+    settings: SourceSettings, yaml_folder: Path, known: Mapping[FileState, str] | None = None
+) -> list[Entry]:
     """One entry a raw file in reading order: `key`, `source` (its name), `bytes`, `sha256` of its content.
 
-    Files are streamed. Raises ConfigurationError where a path matches nothing.
+    Files are streamed, but for those whose SHA-256 is `known` for the state they are in. Raises ConfigurationError
+    where a path matches nothing, OSError where a file cannot be read.
     """
     entries: list[Entry] = []
     for file in source_files(settings, yaml_folder):
-        with file.path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        entries.append({"key": file.key, "source": file.name, "bytes": file.path.stat().st_size, "sha256": digest})
+        state = _state(file)
+        digest = (known or {}).get(state)
+        if digest is None:
+            with file.path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        entries.append({"key": file.key, "source": file.name, "bytes": state.bytes, "sha256": digest})
     return entries
+
+
+def content_digest(entries: Sequence[Entry]) -> str:
+    """One id for the content of all files, as `fingerprint` found it."""
+    return hashlib.sha256(json.dumps([*entries], sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
 def refuse_changed(before: Sequence[Entry], settings: SourceSettings, yaml_folder: Path) -> None:
@@ -45,3 +83,8 @@ def refuse_changed(before: Sequence[Entry], settings: SourceSettings, yaml_folde
         f"{', '.join(names[:SHOWN])}{' ...' if len(names) > SHOWN else ''} (in {yaml_folder}) changed while it was "
         "read: what was read may be neither the old nor the new content. Run again when the export is finished"
     )
+
+
+def _state(file: SourceFile) -> FileState:
+    found = file.path.stat()
+    return FileState(name=file.name, bytes=found.st_size, modified_ns=found.st_mtime_ns)

@@ -147,3 +147,67 @@ def test_killing_the_launcher_ends_the_command(tmp_path: Path) -> None:
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
     assert ended(command)
+
+
+# Each process writes its id below the folder that is its last argument.
+FAMILY = textwrap.dedent(
+    """
+    import multiprocessing, os, sys, time
+    from pathlib import Path
+    from embed_pipeline.launch.parent_death import end_with_parent
+
+    def child(folder):
+        end_with_parent()
+        Path(folder, "child").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    def parent(folder):
+        process = multiprocessing.get_context("spawn").Process(target=child, args=(folder,))
+        process.start()
+        process.join()
+
+    if __name__ == "__main__":
+        end_with_parent()  # nobody's child: without effect
+        parent(sys.argv[1])
+    """
+)
+
+
+def test_a_step_ends_with_the_process_of_its_run(tmp_path: Path) -> None:
+    script = tmp_path / "family.py"
+    script.write_text(FAMILY)
+    run = subprocess.Popen([sys.executable, str(script), str(tmp_path)])
+    deadline = time.monotonic() + 20
+    while not ((tmp_path / "child").is_file() and (tmp_path / "child").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert ended(int((tmp_path / "child").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "passing"),
+    [
+        ({"message": "rank 0 was ended by SIGKILL: killed", "exit_code": -9}, True),
+        ({"message": "rank 0 was ended by SIGSEGV", "exit_code": -11}, False),
+        ({"message": {"message": "ConnectionResetError: reset by peer"}}, True),
+        ({"message": {"message": "ValueError: no such thing"}}, False),
+        ({"message": {"message": "TrainingError: the loss is NaN"}}, False),
+    ],
+)
+def test_it_is_told_whether_trying_again_may_help(tmp_path: Path, recorded: object, passing: bool) -> None:
+    code = "import os, sys; open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w').write(sys.argv[1]); sys.exit(1)"
+    with pytest.raises(TrainingError) as raised:
+        run_local(python(code, json.dumps(recorded)), env={}, error_file=tmp_path / "error.json")
+    assert raised.value.passing == passing
+
+
+@pytest.mark.parametrize(("sign", "passing"), [(signal.SIGKILL, True), (signal.SIGTERM, True), (signal.SIGSEGV, False)])
+def test_a_torchrun_that_is_ended_by_another_may_be_tried_again(
+    tmp_path: Path, sign: signal.Signals, passing: bool
+) -> None:
+    code = f"import os; os.kill(os.getpid(), {int(sign)})"
+    with pytest.raises(TrainingError) as raised:
+        run_local(python(code), env={}, error_file=tmp_path / "error.json")
+    assert raised.value.passing == passing

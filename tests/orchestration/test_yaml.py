@@ -14,6 +14,7 @@ from embed_pipeline.settings import PipelineSettings
 from tests.orchestration.conftest import settings_of, write_pipeline
 
 HUB = {"hub": "BAAI/bge-small-en-v1.5"}
+PAIRS = {"name": "alike", "kind": "scored", "path": "gone.parquet"}
 
 # what is changed in a right YAML (dots reach into nested keys) -> what the message must say, besides the file
 BAD = [
@@ -40,6 +41,10 @@ BAD = [
     ({"cleaning": {"split": {"dev": 0.5, "test": 0.5}}}, "dev + test must leave rows for train; found 0.5 + 0.5"),
     ({"mining.range_min": 20}, "range_min (20) must be below top_k (20)"),
     ({"mining.max_score_ratio": 1.5}, "Input should be less than or equal to 1"),
+    ({"forgetting.guards": [PAIRS]}, "forgetting.guards[0].path (alike): no parquet file at"),
+    ({"forgetting.guards": [PAIRS, PAIRS]}, "two sets are called 'alike'; give each a name of its own"),
+    ({"forgetting.guards": [{**PAIRS, "max_passages": 50}]}, "max_passages belongs to a guard of kind beir"),
+    ({"forgetting.coefficients": [0.5, 1.0]}, "Input should be less than 1"),
     ({"name": "My Pipeline"}, "String should match pattern"),
     ({"seed": -1}, "Input should be greater than or equal to 0"),
 ]

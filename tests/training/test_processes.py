@@ -81,6 +81,21 @@ def test_a_rank_that_is_killed_is_the_cause(endless: TrainingJob, tmp_path: Path
 
     killer = threading.Thread(target=kill_rank_1)
     killer.start()
-    with pytest.raises(TrainingError, match="rank 1 was ended by SIGKILL: killed, probably because the machine ran"):
+    with pytest.raises(TrainingError, match="rank 1 was ended by SIGKILL: killed, probably because the machine") as raised:
         launch(endless, tmp_path)
     killer.join()
+    assert raised.value.passing
+
+
+def test_a_preempted_training_may_be_tried_again(endless: TrainingJob, tmp_path: Path) -> None:
+    def preempt() -> None:
+        wait_for_steps(endless)
+        (torchrun,) = psutil.Process().children()
+        torchrun.terminate()
+
+    preemption = threading.Thread(target=preempt)
+    preemption.start()
+    with pytest.raises(TrainingError) as raised:
+        launch(endless, tmp_path)
+    preemption.join()
+    assert raised.value.passing, str(raised.value)

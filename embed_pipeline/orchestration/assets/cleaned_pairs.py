@@ -5,6 +5,7 @@ from typing import Any
 import dagster as dg
 
 from embed_pipeline.artifacts import Artifact
+from embed_pipeline.orchestration.automation import retry_policy
 from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
 from embed_pipeline.orchestration.reporting import markdown_table, materialized, readable_errors
 from embed_pipeline.settings import CleaningSettings
@@ -38,6 +39,12 @@ def cleaning_metadata(cleaned: Artifact) -> dict[str, Any]:
         "rejected_by_reason": markdown_table(["reason", "rows", "meaning"], reasons),
         "rejected_sample": markdown_table(["reason", "file", "row", "detail", "query", "passage"], sample),
         "splits": markdown_table(["split", "queries", "positives"], splits),
+        "missing_answers": markdown_table(
+            ["delivered split", "answers", "missing", "queries", "without any answer"],
+            [(split, a.answers, a.missing, a.queries, a.queries_lost) for split, a in report.answers_by_split.items()],
+        ),
+        "positives_with_their_query": report.positives_with_their_query,
+        "positives_with_their_query_share": report.positives_with_their_query / sum(report.positives_by_split.values()),
         "passages": report.passages,
         "near_duplicate_clusters": report.near_duplicate_clusters,
         "merged_rows": report.merged_rows,
@@ -56,6 +63,7 @@ def cleaned_pairs_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         group_name=name,
         kinds={"duckdb", "parquet"},
         code_version=CODE_VERSIONS["cleaned_pairs"],
+        retry_policy=retry_policy(pipeline),
         description="Queries, passages and judgements; every dropped row is kept aside with its reason.",
     )
     def cleaned_pairs(context: dg.AssetExecutionContext, config: CleaningOverrides) -> dg.MaterializeResult:

@@ -4,6 +4,7 @@ from functools import partial
 
 import dagster as dg
 
+from embed_pipeline.orchestration.automation import retry_policy
 from embed_pipeline.orchestration.launching import launch_under_dagster
 from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
 from embed_pipeline.orchestration.reporting import materialized, readable_errors, training_metadata
@@ -23,6 +24,7 @@ def embedder_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         kinds={"pytorch", "huggingface", "mlflow"},
         pool="gpu",
         code_version=CODE_VERSIONS["embedder"],
+        retry_policy=retry_policy(pipeline),
         description="The fine-tuned embedder: a folder that sentence-transformers and FlagEmbedding load.",
     )
     def embedder(context: dg.AssetExecutionContext, config: EmbedderOverrides) -> dg.MaterializeResult:

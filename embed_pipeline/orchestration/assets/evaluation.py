@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from embed_pipeline.artifacts import Artifact
+from embed_pipeline.orchestration.automation import retry_policy
 from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
 from embed_pipeline.orchestration.reporting import gate_metadata, markdown_table, materialized, picture, readable_errors
 from embed_pipeline.settings import EvaluationSettings
-from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_evaluation
+from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_evaluation, mark_challenger
 
 if TYPE_CHECKING:
     from embed_pipeline.evaluation.results import QueryChange
@@ -38,6 +39,7 @@ def evaluation_metadata(evaluation: Artifact) -> dict[str, Any]:
         **{f"about_{system}": sentence for system, sentence in evaluation.report["verdicts"].items()},
         **figures,
         "figures": markdown_table(header, table),
+        "latency": markdown_table(["system", "milliseconds per query"], sorted(details.milliseconds_per_query.items())),
         "gains": picture(gains, "gain of the embedder over its base, per metric"),
         "queries_that_got_better": markdown_table(changes_header, [_change(c) for c in details.better]),
         "queries_that_got_worse": markdown_table(changes_header, [_change(c) for c in details.worse]),
@@ -56,17 +58,20 @@ def evaluation_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=[name, "evaluation"],
-        deps=[[name, "cleaned_pairs"], [name, "embedder"], [name, "reranker"]],
+        deps=[[name, "cleaned_pairs"], [name, pipeline.settings.final_embedder], [name, "reranker"]],
         group_name=name,
         kinds={"parquet", "mlflow"},
         pool="gpu",
         code_version=CODE_VERSIONS["evaluation"],
+        retry_policy=retry_policy(pipeline),
         description="Base and fine-tuned models and BM25 on the test split, with intervals of the gains.",
     )
     def evaluation(context: dg.AssetExecutionContext, config: EvaluationOverrides) -> dg.MaterializeResult:
         with readable_errors():
             evaluation = apply_overrides(pipeline.settings.evaluation, config)
-            produced = make_evaluation(pipeline.for_run(context.run_id, evaluation=evaluation))
+            run = pipeline.for_run(context.run_id, evaluation=evaluation)
+            produced = make_evaluation(run)
+            mark_challenger(run)
         return materialized(context, produced, evaluation_metadata(produced.artifact))
 
     return evaluation

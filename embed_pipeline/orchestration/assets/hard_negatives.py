@@ -5,6 +5,7 @@ from typing import Any
 import dagster as dg
 
 from embed_pipeline.artifacts import Artifact
+from embed_pipeline.orchestration.automation import retry_policy
 from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
 from embed_pipeline.orchestration.reporting import markdown_table, materialized, picture, readable_errors
 from embed_pipeline.settings import MiningSettings
@@ -52,6 +53,7 @@ def hard_negatives_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         kinds={"parquet", "sentencetransformers"},
         pool="gpu",
         code_version=CODE_VERSIONS["hard_negatives"],
+        retry_policy=retry_policy(pipeline),
         description="Per train query its positives and hard negatives with scores, and what was refused and why.",
     )
     def hard_negatives(context: dg.AssetExecutionContext, config: MiningOverrides) -> dg.MaterializeResult:

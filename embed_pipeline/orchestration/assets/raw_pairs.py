@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from embed_pipeline.orchestration.automation import retry_policy
 from embed_pipeline.orchestration.reporting import markdown_table, materialized, readable_errors
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_raw_pairs
 
@@ -14,6 +15,7 @@ def raw_pairs_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         group_name=name,
         kinds={"duckdb", "parquet"},
         code_version=CODE_VERSIONS["raw_pairs"],
+        retry_policy=retry_policy(pipeline),
         description="The user's rows as delivered, in one schema, each with its file and row number.",
     )
     def raw_pairs(context: dg.AssetExecutionContext) -> dg.MaterializeResult:

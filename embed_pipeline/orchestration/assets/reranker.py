@@ -4,6 +4,7 @@ from functools import partial
 
 import dagster as dg
 
+from embed_pipeline.orchestration.automation import retry_policy
 from embed_pipeline.orchestration.launching import launch_under_dagster
 from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
 from embed_pipeline.orchestration.reporting import materialized, readable_errors, training_metadata
@@ -18,11 +19,12 @@ def reranker_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=[name, "reranker"],
-        deps=[[name, "embedder"]],
+        deps=[[name, pipeline.settings.final_embedder]],
         group_name=name,
         kinds={"pytorch", "huggingface", "mlflow"},
         pool="gpu",
         code_version=CODE_VERSIONS["reranker"],
+        retry_policy=retry_policy(pipeline),
         description="The fine-tuned reranker, trained on negatives as the fine-tuned embedder retrieves them.",
     )
     def reranker(context: dg.AssetExecutionContext, config: RerankerOverrides) -> dg.MaterializeResult:
