@@ -335,7 +335,14 @@ class PipelineStore:
             if self.has(asset, version):
                 for name, versions in self.lineage(self.get(asset, version)).items():
                     kept.setdefault(name, set()).update(versions)
-        return [a for asset in ASSETS for a in self.versions(asset) if a.version not in kept.get(asset, set())]
+        # Evaluations stay: they are small, and they are the history.
+        return [
+            artifact
+            for asset in ASSETS
+            if asset != "evaluation"
+            for artifact in self.versions(asset)
+            if artifact.version not in kept.get(asset, set())
+        ]
 
     def remove(self, artifact: Artifact) -> None:
         """Delete a version."""

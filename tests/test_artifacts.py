@@ -299,6 +299,13 @@ def test_pruning_keeps_what_it_is_told_to_keep_and_what_that_was_made_from(store
     assert store.prunable(keep=[("embedder", model.version), ("evaluation", "gone")]) == [other]
 
 
+def test_pruning_leaves_evaluations_for_they_are_the_history(store: PipelineStore) -> None:
+    table(store, "evaluation", "last month", {"k": 1})
+    table(store, "evaluation", "today", {"k": 2})
+
+    assert store.prunable() == []
+
+
 def of_another_pipeline(artifact: Artifact) -> None:
     """The whole folder of another pipeline's version, put in this one's place."""
     other = PipelineStore(artifact.path.parents[2], "another")

@@ -35,7 +35,7 @@ def test_seen_are_own_questions_and_answers_by_id_and_by_text(trained: Path, tmp
         tmp_path / "now",
         [
             ("q1", "How to sort quickly?"),  # the id of a question that it was trained on
-            ("new_id", "HOW TO MERGE?"),  # its text
+            ("new_id", "To merge: HOW??"),  # its words in another order
             ("other_question", "What joins tables?"),  # answered by a passage that it was trained on, by id
             ("same_text", "What sorts?"),  # and by text
             ("unseen", "What is yes?"),  # its answer was in the corpus, but no positive of a trained question

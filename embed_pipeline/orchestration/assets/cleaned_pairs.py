@@ -13,6 +13,7 @@ from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_cleaned_pairs
 from embed_pipeline.tables import REJECTED_FILE
 
 CleaningOverrides = overrides_of(CleaningSettings, "CleaningOverrides")
+_MISSING_ANSWERS = ("delivered split", "answers", "missing", "questions", "questions without any answer")
 
 
 def cleaning_metadata(cleaned: Artifact) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def cleaning_metadata(cleaned: Artifact) -> dict[str, Any]:
     splits = [
         (split, queries, report.positives_by_split.get(split, 0)) for split, queries in report.queries_by_split.items()
     ]
+    missing = [(split, a.answers, a.missing, a.queries, a.queries_lost) for split, a in report.answers_by_split.items()]
     reasons = [(reason, rows, REASONS[reason]) for reason, rows in report.rejected_by_reason.items()]
     return {
         "dagster/row_count": report.kept_rows,
@@ -39,10 +41,7 @@ def cleaning_metadata(cleaned: Artifact) -> dict[str, Any]:
         "rejected_by_reason": markdown_table(["reason", "rows", "meaning"], reasons),
         "rejected_sample": markdown_table(["reason", "file", "row", "detail", "query", "passage"], sample),
         "splits": markdown_table(["split", "queries", "positives"], splits),
-        "missing_answers": markdown_table(
-            ["delivered split", "answers", "missing", "queries", "without any answer"],
-            [(split, a.answers, a.missing, a.queries, a.queries_lost) for split, a in report.answers_by_split.items()],
-        ),
+        **({"missing_answers": markdown_table(_MISSING_ANSWERS, missing)} if missing else {}),
         "positives_with_their_query": report.positives_with_their_query,
         "positives_with_their_query_share": report.positives_with_their_query / sum(report.positives_by_split.values()),
         "passages": report.passages,
