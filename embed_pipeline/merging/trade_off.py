@@ -174,10 +174,10 @@ def _of_remedy(remedy: Tried | None, base: Tried, fine_tuned: Tried, between: Se
     if remedy is None:
         shares = ", ".join(_percent(one.coefficient) for one in between)
         none = f"Of the shares of fine-tuned weights that were tried ({shares}) none keeps within bounds"
-        mend = "a lower learning_rate, fewer epochs, or smaller coefficients would"
+        mend = "A lower learning_rate, fewer epochs or smaller coefficients may help"
         if taken is fine_tuned:
-            return f"{none}; {mend}. The fine-tuned embedder goes on as it is, and the gate judges it."
-        return f"{none}; {_percent(taken.coefficient)} comes nearest and goes on, and the gate judges it. Try {mend}."
+            return f"{none}. {mend}. The fine-tuned embedder goes on as it is, and the gate judges it."
+        return f"{none}; {_percent(taken.coefficient)} comes nearest and goes on, and the gate judges it. {mend}."
     merged = (
         f"{_percent(remedy.coefficient)} of the fine-tuned weights and {_percent(1 - remedy.coefficient)} of the base's"
     )
