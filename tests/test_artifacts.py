@@ -181,8 +181,8 @@ def test_pruning_keeps_what_anything_current_was_made_from(store: PipelineStore)
     cleaned = table(store, "cleaned_pairs", "new cleaned", None, raw).artifact
     # Current, but made from the old cleaned pairs: those and their raw pairs must stay.
     table(store, "hard_negatives", "negatives", None, old_cleaned)
-    orphan = table(store, "evaluation", "first", None, cleaned).artifact
-    table(store, "evaluation", "second", {"k": 1}, cleaned)
+    orphan = table(store, "embedder", "first", None, cleaned).artifact
+    table(store, "embedder", "second", {"k": 1}, cleaned)
 
     assert [a.version for a in store.prunable()] == [orphan.version]
 
