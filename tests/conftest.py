@@ -1,16 +1,22 @@
-"""Fixtures that many tests share: the real MiniLM, a tiny BERT, and the data sets beside the checkout."""
+"""Fixtures that many tests share: real and tiny models, data sets beside the checkout, a store with a champion."""
 
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.tracking.candidates import Workshop
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -64,3 +70,94 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return folder
+
+
+# --------------------------------------------------------------------------------- MLflow and promotions
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Two threads wait for each other longer than a tiny model takes."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def base_models(tiny_bert_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of an embedder with prompts and lengths of its own, and of a cross-encoder."""
+    import torch
+    from sentence_transformers import CrossEncoder, SentenceTransformer
+
+    folder = tmp_path_factory.mktemp("base_models")
+    embedder = SentenceTransformer(str(tiny_bert_folder), device="cpu")
+    embedder.prompts.update(query="search: ", document="text: ")
+    embedder[0].query_length, embedder[0].document_length = 12, 24  # type: ignore[union-attr]
+    embedder.save_pretrained(str(folder / "embedder"), create_model_card=False)
+    torch.manual_seed(0)
+    plain = str(tiny_bert_folder.parent / "plain")
+    reranker = CrossEncoder(plain, num_labels=1, max_length=32, device="cpu", activation_fn=torch.nn.Identity())
+    reranker.save_pretrained(str(folder / "reranker"), create_model_card=False)
+    return folder / "embedder", folder / "reranker"
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables, which take seconds to create."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+def open_workshop(home: Path, base_models: tuple[Path, Path], patch: pytest.MonkeyPatch) -> Workshop:
+    from embed_pipeline.artifacts import PipelineStore
+    from tests.tracking.candidates import Workshop
+
+    patch.setenv("DAGSTER_HOME", str(home))
+    for name in ("EMBED_PIPELINE_STORE", "MLFLOW_TRACKING_URI"):
+        patch.delenv(name, raising=False)
+    return Workshop(PipelineStore(home / "store", "support"), *base_models)
+
+
+@pytest.fixture
+def workshop(
+    tmp_path: Path, base_models: tuple[Path, Path], empty_mlflow: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Workshop]:
+    """Where nothing was promoted yet."""
+    shutil.copy2(empty_mlflow, tmp_path / "mlflow.db")
+    with one_thread():
+        yield open_workshop(tmp_path, base_models, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def home_with_champion(
+    base_models: tuple[Path, Path], empty_mlflow: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    from embed_pipeline.tracking.promotion import challenge
+
+    home = tmp_path_factory.mktemp("in_service")
+    shutil.copy2(empty_mlflow, home / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        workshop = open_workshop(home, base_models, patch)
+        for seed in (1, 2):
+            workshop.promote(workshop.next(seed))
+        challenge(workshop.store, workshop.next(3, outcome="refuse"), workshop.tracked)
+    return home
+
+
+@pytest.fixture
+def in_service(
+    tmp_path: Path, base_models: tuple[Path, Path], home_with_champion: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Workshop]:
+    """Where the candidate of seed 1 was promoted, then that of seed 2, and that of seed 3 did not pass the gate."""
+    shutil.copytree(home_with_champion / "store", tmp_path / "store", symlinks=True)
+    shutil.copy2(home_with_champion / "mlflow.db", tmp_path / "mlflow.db")
+    with one_thread():
+        yield open_workshop(tmp_path, base_models, monkeypatch)

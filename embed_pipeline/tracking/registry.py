@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from embed_pipeline.artifacts import Artifact, PipelineStore
-from embed_pipeline.champions import Champion, RegisteredModel
+from embed_pipeline.champions import Champion, RegisteredModel, models_of, pointer
 from embed_pipeline.errors import ModelError, TrackingError
 from embed_pipeline.evaluation.parity import Parity, read_parity
 from embed_pipeline.models.source import weights_digest
@@ -215,16 +215,20 @@ class Registry:
         return lambda pairs: model.predict(pd.DataFrame(pairs, columns=["query", "passage"]), params={"batch_size": 1})
 
 
-def load_lines(champion: Champion, pointer: Path) -> str:
+def load_lines(store: PipelineStore, champion: Champion) -> str:
     """Python that loads the champion, from the registry and by path; each model is one line."""
-    embedder, reranker = champion.registered
+    (embedder, trust_embedder), (reranker, trust_reranker) = (
+        (registered.name, ", trust_remote_code=True" if trusts_code(store, model) else "")
+        for registered, model in zip(champion.registered, models_of(store, champion), strict=True)
+    )
     return f"""\
-# MLFLOW_TRACKING_URI={without_password(tracking_uri())}
-embedder = mlflow.sentence_transformers.load_model("models:/{embedder.name}@{CHAMPION}")
-reranker = mlflow.pyfunc.load_model("models:/{reranker.name}@{CHAMPION}")
+import mlflow  # with MLFLOW_TRACKING_URI={without_password(tracking_uri())}
+embedder = mlflow.sentence_transformers.load_model("models:/{embedder}@{CHAMPION}")
+reranker = mlflow.pyfunc.load_model("models:/{reranker}@{CHAMPION}")
 
-embedder = SentenceTransformer("{pointer / "embedder"}")
-reranker = CrossEncoder("{pointer / "reranker"}")"""
+from sentence_transformers import CrossEncoder, SentenceTransformer
+embedder = SentenceTransformer("{pointer(store) / "embedder"}"{trust_embedder})
+reranker = CrossEncoder("{pointer(store) / "reranker"}"{trust_reranker})"""
 
 
 @contextmanager

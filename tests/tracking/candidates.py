@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Recipe, RunIds
+from embed_pipeline.champions import read_history
 from embed_pipeline.evaluation.gate import GateReport
 from embed_pipeline.evaluation.parity import write_parity
 from embed_pipeline.models.collection import load_collection
@@ -40,7 +41,9 @@ class Workshop:
     reranker: Path
     trusted: bool = False
 
-    def candidate(self, seed: int, *, outcome: str = "promote", reference: str | None = None) -> Candidate:
+    def candidate(
+        self, seed: int, *, outcome: str = "promote", reference: str | None = None, merged: bool = False
+    ) -> Candidate:
         """One whose weights, and so whose versions, depend on the seed."""
         recipe = partial(Recipe, settings={}, seed=seed, code_version="1")
         produce = partial(self.store.produce, content=None)
@@ -57,16 +60,23 @@ class Workshop:
             [cleaned],
             lambda out: self._train(out, EmbedderJob, EmbedderSettings, self.embedder, seed),
         ).artifact
+        if merged:
+            embedder = produce(
+                "merged_embedder",
+                recipe(inputs={"embedder": embedder.content}),
+                [cleaned, embedder],
+                partial(_merge, embedder),
+            ).artifact
         reranker = produce(
             "reranker",
-            recipe(inputs={"embedder": embedder.content}),
+            recipe(inputs={embedder.manifest.asset: embedder.content}),
             [cleaned, embedder],
             lambda out: self._train(out, RerankerJob, RerankerSettings, self.reranker, seed),
         ).artifact
         evaluation = produce(
             "evaluation",
             Recipe(
-                inputs={"embedder": embedder.content, "champion": str(reference)},
+                inputs={embedder.manifest.asset: embedder.content, "champion": str(reference)},
                 settings={"outcome": outcome},
                 seed=seed,
                 code_version="1",
@@ -75,6 +85,16 @@ class Workshop:
             lambda out: self._evaluate(out, cleaned, embedder, reranker, outcome, reference),
         ).artifact
         return Candidate(embedder, reranker, evaluation)
+
+    @property
+    def serving(self) -> str | None:
+        """The key of the champion."""
+        champion = read_history(self.store).champion
+        return champion.key if champion else None
+
+    def next(self, seed: int, *, outcome: str = "promote") -> Candidate:
+        """One that was compared with who serves now."""
+        return self.candidate(seed, outcome=outcome, reference=self.serving)
 
     def tracked(self) -> AbstractContextManager[TrackedRun | None]:
         return tracked_run(TrackingSettings(system_metrics=False), self.store.pipeline, "champion", None)
@@ -145,6 +165,11 @@ class Workshop:
             "metric": "ndcg_at_10",
         }
         return Made(report, RunIds())
+
+
+def _merge(embedder: Artifact, out: Path) -> Made:
+    shutil.copytree(embedder.path / MODEL_FOLDER, out / MODEL_FOLDER)
+    return Made({}, RunIds())
 
 
 def _clean(out: Path) -> Made:
