@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_in, store_root
-from embed_pipeline.champions import Promotion, models_of, pointer, read_history
+from embed_pipeline.champions import Promotion, models_of, read_history
 from embed_pipeline.errors import UserError
 from embed_pipeline.training.job import MODEL_FOLDER
 
@@ -103,7 +103,7 @@ def champion(pipeline: str, verify: bool, settle: bool) -> None:
         click.echo(f"{'verdict':<15} {serving.verdict}")
         if (before := history.previous) is not None:
             click.echo(f"{'before':<15} embedder {before.embedder}, reranker {before.reranker}")
-        click.echo(f"\n{load_lines(serving, pointer(store))}\n")
+        click.echo(f"\n{load_lines(store, serving)}\n")
         if verify:
             difference = promotion.check_loads(store, serving)
             click.echo(f"loaded from MLflow and by path: both give what was evaluated, to {difference:.1e}")

@@ -15,6 +15,7 @@ from embed_pipeline.errors import ArtifactError
 from embed_pipeline.settings import PipelineSettings
 from embed_pipeline.stages import (
     Pipeline,
+    make_champion,
     make_cleaned_pairs,
     make_embedder,
     make_evaluation,
@@ -116,6 +117,14 @@ def test_the_champion_is_measured_again_and_a_promotion_makes_nothing_anew(pipel
     against = [j for j in compared.artifact.report["gate"]["judgements"] if j["against"] == "champion_embedder"]
     queries = next(r["num_queries"] for r in compared.artifact.report["summary"] if r["system"] == "embedder")
     assert {j["found"]["num_queries"] for j in against} == {queries}
+
+
+def test_an_evaluation_of_other_models_promotes_nobody(pipeline: Pipeline) -> None:
+    make_evaluation(pipeline)
+    other = with_rate(pipeline, OTHER_RATE)
+    train(other)  # found again, and current now
+    with pytest.raises(ArtifactError, match=r"was made with embedder .* is current\. Materialize small/evaluation"):
+        make_champion(other)
 
 
 def test_who_has_to_be_beaten(pipeline: Pipeline) -> None:

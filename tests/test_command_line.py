@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Recipe, RunIds
-from embed_pipeline.champions import pointer
+from embed_pipeline.champions import pointer, read_history
 from embed_pipeline.command_line import main
+from embed_pipeline.tracking.registry import Registry
 from tests.small_ledger import model, pair, promote
+from tests.tracking.candidates import Workshop
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ def test_prune_keeps_the_champion_and_the_one_before_it_with_all_they_were_made_
         embedder = model(store, "embedder", name, raw)
         reranker = model(store, "reranker", name, embedder)
         evaluation = model(store, "evaluation", name, embedder, reranker)
-        made[name] = [raw, embedder, reranker, evaluation]
+        made[name] = [raw, embedder, reranker]  # evaluations stay: the history is drawn from them
         if name != "last":
             promote(store, pair(embedder.version, reranker.version, evaluation.version))
 
@@ -119,3 +122,67 @@ def test_a_report_that_was_never_made_names_the_command(store: PipelineStore) ->
     publish(store, 1)
 
     assert "dagster asset materialize" in run("report", "support").output
+
+
+def test_champion_tells_who_serves_and_how_to_load_it(in_service: Workshop) -> None:
+    serving = read_history(in_service.store).champion
+    assert serving is not None
+
+    shown = run("champion", "support", "--verify")
+
+    assert shown.exit_code == 0, shown.output
+    assert f"{serving.embedder}, support-embedder version 2" in shown.output
+    assert "promotion 2: promoted by test" in shown.output
+    assert serving.verdict in shown.output
+    assert 'embedder = mlflow.sentence_transformers.load_model("models:/support-embedder@champion")' in shown.output
+    assert f'reranker = CrossEncoder("{in_service.store.folder}/champion/reranker")' in shown.output
+    assert "both give what was evaluated" in shown.output
+    assert "aliases stand where the store's pointer says" in shown.output
+
+
+def test_champion_fails_where_mlflow_disagrees_and_settles_it(in_service: Workshop) -> None:
+    Registry().move({("support-embedder", "champion"): "1"})
+
+    told = run("champion", "support")
+
+    assert told.exit_code == 1
+    assert "the alias champion of support-embedder stands at version 1 in MLflow, and has to stand at" in told.output
+    assert "settled: the alias champion of support-embedder" in run("champion", "support", "--settle").output
+    assert run("champion", "support").exit_code == 0
+
+
+def test_a_champion_whose_folder_is_gone_is_told(in_service: Workshop) -> None:
+    serving = read_history(in_service.store).champion
+    assert serving is not None
+    (in_service.store.get("embedder", serving.embedder).path / "model" / "config.json").unlink()
+    assert "config.json is missing" in run("champion", "support", "--verify").output
+    shutil.rmtree(in_service.store.folder / "embedder" / serving.embedder)
+
+    told = run("champion", "support")
+
+    assert told.exit_code == 1
+    assert f"support/embedder has no version {serving.embedder}" in told.output
+
+
+def test_rollback_and_retirement_are_commands_and_stand_in_the_history(in_service: Workshop) -> None:
+    assert run("rollback", "support").exit_code == 2  # a reason is needed
+
+    assert "rolled back by" in run("rollback", "support", "--reason", "customers complain").output
+    assert "has no champion any more" in run("retire", "support", "--reason", "all bad").output
+    refused = run("rollback", "support", "--reason", "again")
+
+    assert refused.exit_code == 1
+    assert "nobody is left to go back to" in refused.output
+    lines = [line.split() for line in run("history", "support").output.splitlines()]
+    entries = [line for line in lines if line and line[0].isdigit()]
+    assert [line[0] for line in entries] == ["1", "2", "3", "4"]
+    assert "nDCG@10" in entries[0]
+    assert "0.625" in entries[0]
+    assert entries[2][4:6] == ["rolled", "back"]
+    assert "nobody" in entries[3]
+    assert "has no champion since" in run("champion", "support").output
+
+
+def test_nothing_promoted_yet_is_told(store: PipelineStore) -> None:
+    publish(store, 1)
+    assert "nothing was promoted in support yet" in run("champion", "support").output

@@ -48,6 +48,7 @@ def test_the_whole_pipeline_and_what_a_second_run_does(make_pipeline: MakePipeli
     assert checks.pop("better_than_base") in (True, False)
     assert checks == {
         "splits_do_not_leak_and_rows_add_up": True,
+        "answers_are_in_the_corpus": True,
         "no_positive_among_negatives": True,
         "trained_on_no_held_out_question": True,
     }

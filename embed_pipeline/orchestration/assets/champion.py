@@ -44,7 +44,7 @@ def champion_metadata(store: PipelineStore, promotion: Promotion) -> Mapping[str
         "embedder": champion.embedder,
         "reranker": champion.reranker,
         **registered,
-        "load": dg.MetadataValue.md(f"```python\n{load_lines(champion, pointer(store))}\n```"),
+        "load": dg.MetadataValue.md(f"```python\n{load_lines(store, champion)}\n```"),
         "pointer": dg.MetadataValue.path(str(pointer(store))),
     }
 
