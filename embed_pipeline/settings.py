@@ -598,7 +598,7 @@ class PipelineSettings(Settings):
 
 # --------------------------------------------------------------------------------------------- smoke test
 
-SMOKE_TEST_QUERIES = 400  # of the raw rows; 40 of them are dev and 80 are test, where the splits are the default ones
+SMOKE_TEST_QUERIES = 200  # of the raw rows; 20 of them are dev and 40 are test, where the splits are the default ones
 
 
 def smoke_test_of(settings: PipelineSettings) -> PipelineSettings:
@@ -608,22 +608,24 @@ def smoke_test_of(settings: PipelineSettings) -> PipelineSettings:
     """
     training = {
         "max_steps": 4,
-        "batch_size": 8,
+        "batch_size": 4,
         "gradient_accumulation_steps": 1,
         "logging_steps": 1,
         "evaluations": 1,
         "train_queries": 64,
-        "dev_queries": 20,
+        "dev_queries": 10,
     }
     guards = [_smoke_test_guard(guard) for guard in settings.forgetting.guards]
     small = {
         "mining": _capped(settings.mining, {"top_k": settings.mining.range_min + 20}),
         "embedder": _capped(settings.embedder, {**training, "dev_passages": 100}),
         "reranker": _capped(settings.reranker, training),
-        "evaluation": _capped(
-            settings.evaluation, {"rerank_top_k": 10, "rerank_queries": 20, "bootstrap_samples": 200}
-        ),
+        "evaluation": _capped(settings.evaluation, {"rerank_top_k": 5, "rerank_queries": 10, "bootstrap_samples": 200}),
         "forgetting": {**settings.forgetting.model_dump(), "guards": guards, "coefficients": [0.5]},
+        "tracking": {
+            **settings.tracking.model_dump(),
+            "experiment": f"{settings.tracking.experiment or settings.name}-smoke-test",
+        },
         # Nothing starts by itself, and a failure is told at once.
         "automation": {"retries": 0},
     }

@@ -18,7 +18,7 @@ from embed_pipeline.settings import SourceSettings
 from embed_pipeline.sources.fingerprint import SHOWN, FileState, content_digest, fingerprint, look, state_digest
 
 # More than that is not read by a look, which must end in seconds; the run that is asked for finds out.
-MOST_BYTES = 4_000_000_000
+MOST_BYTES = 2_000_000_000
 
 
 class Sum(BaseModel):

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Image:
 class Service:
     name: str
     settings: Mapping[str, Any]
-    image: Image | None = field(default=None)  # None: an image that others built
+    image: Image | None  # None: an image that others built
 
     @property
     def command(self) -> list[str]:
@@ -72,9 +72,8 @@ class Service:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The image's and the service's; what is only handed on where the host has it is left out."""
-        given = {key: value for key, value in self.settings.get("environment", {}).items() if value is not None}
-        return {**(self.image.environment if self.image else {}), **given}
+        """The image's and the service's."""
+        return {**(self.image.environment if self.image else {}), **self.settings.get("environment", {})}
 
     @property
     def published(self) -> list[str]:
@@ -121,6 +120,10 @@ def interpolate(value: Any, variables: Mapping[str, str]) -> Any:
 def services(variables: Mapping[str, str]) -> dict[str, Service]:
     """The services of compose.yaml with `variables` as .env and shell would give them."""
     settings = interpolate(yaml.safe_load(COMPOSE_FILE.read_text()), variables)
+    for service in settings["services"].values():
+        # A variable without a value is handed on where it is set, and absent otherwise.
+        given = {key: variables.get(key) if value is None else value for key, value in service["environment"].items()}
+        service["environment"] = {key: value for key, value in given.items() if value is not None}
     built = images()
     return {
         name: Service(name, values, built[values["build"]["target"]] if "build" in values else None)

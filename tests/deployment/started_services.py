@@ -63,12 +63,10 @@ class StartedServices:
         service = self.services[name]
         if name == "postgres":
             self._start_postgres(service)
-        else:
-            self._copy_into_image(service)
-            self._run(name, self.translated(service.command), self.environment(service))
+            return
+        self._copy_into_image(service)
+        self._run(name, self.translated(service.command), self.environment(service))
         self._wait_until_healthy(service)
-        if name == "postgres":
-            self._make_databases(service)
 
     def stop(self, name: str) -> int:
         """As `docker compose stop`: SIGTERM, to the whole group where tini has -g; SIGKILL after the grace period."""
@@ -114,7 +112,8 @@ class StartedServices:
         """The lines that `sql` gives, as the superuser."""
         command = ["psql", "--no-psqlrc", "--tuples-only", "--no-align", "--dbname", database, "--command", sql]
         environment = {**os.environ, **self._superuser()}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
     def _run(self, name: str, command: Sequence[str], environment: Mapping[str, str], **options: Any) -> None:
@@ -206,26 +205,34 @@ class StartedServices:
         raise TimeoutError(f"{service.name} is not healthy after {patience} s: {failure}\n{self.log(service.name)}")
 
     def _start_postgres(self, service: Service) -> None:
+        """As its image's entry point does it: an empty volume is initialised first, and gets the project's script."""
         programs = postgres_programs()
         assert programs is not None
         data = self.path(POSTGRES_FOLDER)
+        new = not data.exists()
         options: dict[str, Any] = {"cwd": "/"}
         if os.geteuid() == 0:  # Postgres refuses to run as root
             user = pwd.getpwnam("postgres")
             options |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        data.mkdir(parents=True)
-        password_file = data.parent / "password"
-        password_file.write_text(service.environment["POSTGRES_PASSWORD"])
-        if os.geteuid() == 0:
-            shutil.chown(data, "postgres")
-            shutil.chown(password_file, "postgres")
-        # As the image's entry point does it: scram for connections over TCP, whose passwords are thereby proven.
-        initdb = [programs / "initdb", "--pgdata", data, "--username", service.environment["POSTGRES_USER"]]
-        how = ["--pwfile", password_file, "--auth-host", "scram-sha-256", "--auth-local", "reject", "--encoding", "UTF8"]
-        subprocess.run([*initdb, *how, "--no-sync"], check=True, stdout=subprocess.DEVNULL, env={"LANG": "C"}, **options)
-        password_file.unlink()
+        if new:
+            data.mkdir(parents=True)
+            password_file = data.parent / "password"
+            password_file.write_text(service.environment["POSTGRES_PASSWORD"])
+            if os.geteuid() == 0:
+                shutil.chown(data, "postgres")
+                shutil.chown(password_file, "postgres")
+            # scram over TCP, and nothing else: so every password is proven.
+            how = ["--pwfile", password_file, "--auth-host", "scram-sha-256", "--auth-local", "reject", "--no-sync"]
+            initdb = [programs / "initdb", "--pgdata", data, "--username", service.environment["POSTGRES_USER"], *how]
+            subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, env={"LANG": "C.UTF-8"}, **options)
+            password_file.unlink()
         command = [str(programs / "postgres"), "-D", str(data), "-p", str(self.ports["5432"]), "-h", HOST, "-k", ""]
         self._run("postgres", command, {"PATH": "/usr/bin:/bin"}, **options)
+        self._wait_until_healthy(service)
+        if new:
+            (script,) = (source for inside, source in service.mounts.items() if inside.startswith("/docker-entrypoint"))
+            environment = {**os.environ, **service.environment, **self._superuser()}
+            subprocess.run(["bash", DOCKER / script], env=environment, check=True, stdout=subprocess.DEVNULL)
 
     def _superuser(self) -> dict[str, str]:
         environment = self.services["postgres"].environment
@@ -235,12 +242,6 @@ class StartedServices:
             "PGUSER": environment["POSTGRES_USER"],
             "PGPASSWORD": environment["POSTGRES_PASSWORD"],
         }
-
-    def _make_databases(self, service: Service) -> None:
-        """What the image's entry point runs in an empty volume."""
-        (script,) = (source for inside, source in service.mounts.items() if inside.startswith("/docker-entrypoint"))
-        environment = {**os.environ, **service.environment, **self._superuser()}
-        subprocess.run(["bash", DOCKER / script], env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
 def container_port(service: Service) -> str:

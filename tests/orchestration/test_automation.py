@@ -139,21 +139,17 @@ def test_one_run_for_one_state_of_the_files(make_pipeline: MakePipeline) -> None
     assert made == set(INGESTED)
     assert {check.check_name for check in done.get_asset_check_evaluations()} >= {"splits_do_not_leak_and_rows_add_up"}
 
+    read = small.store.current("raw_pairs").version
+    of_a_fresh_deployment = Sensor(small)
+    of_a_fresh_deployment.look()
+    assert of_a_fresh_deployment.reason() == f"1 file in the state that raw_pairs {read} was read from"
+
     drop_new_rows(small, "more")
     again = sensor.request()
     assert again.run_key != asked.run_key
     raw_file(small).with_name("more.parquet").unlink()
     assert "raw/more.parquet is gone" in sensor.reason()
-    read = small.store.current("raw_pairs").version
     assert sensor.reason() == f"1 file in the state that raw_pairs {read} was read from"
-
-
-def test_a_fresh_deployment_knows_what_was_read_before(make_pipeline: MakePipeline) -> None:
-    small = make_pipeline(automation={"watch": True})
-    small.materialize(*INGESTED)
-    sensor = Sensor(small)
-    sensor.look()
-    assert "in the state that raw_pairs" in sensor.reason()
 
 
 def test_the_files_wait_for_a_run_that_reads_them(make_pipeline: MakePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,19 +270,16 @@ def test_a_change_of_the_cleaned_pairs_trains_once(on_change: SmallPipeline) -> 
     assert conditions.requested() == trained(on_change)
 
 
-def test_pairs_that_were_cleaned_before_anybody_asked_are_trained_on(on_change: SmallPipeline) -> None:
+def test_what_was_made_before_anybody_asked(on_change: SmallPipeline) -> None:
     on_change.materialize(*INGESTED)
-    conditions = Conditions(on_change)
-    assert conditions.requested() == trained(on_change)
-    assert conditions.requested() == set()
+    of_pairs = Conditions(on_change)
+    assert of_pairs.requested() == trained(on_change), "cleaned pairs that no model knows yet"
+    assert of_pairs.requested() == set()
 
-
-def test_models_that_were_trained_before_anybody_asked_are_left_alone(on_change: SmallPipeline) -> None:
-    on_change.materialize(*INGESTED)
     pretend_to_train(on_change)
-    conditions = Conditions(on_change)
-    assert conditions.requested() == set()
-    assert conditions.requested() == set()
+    of_models = Conditions(on_change)
+    assert of_models.requested() == set(), "models that were trained before are left alone"
+    assert of_models.requested() == set()
 
 
 def test_pairs_that_failed_a_blocking_check_are_not_trained_on(

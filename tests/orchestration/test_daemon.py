@@ -134,7 +134,7 @@ def daemon(small: SmallPipeline) -> Iterator[Daemon]:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """End the daemon in order, and kill what is left of the processes it started."""
-    family = psutil.Process(process.pid).children(recursive=True)
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.terminate()  # it ignores SIGINT when it runs in the background
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(30)

@@ -1,0 +1,116 @@
+"""The deployment at work: a smoke test of a pipeline asked for in the UI, and one that the daemon starts by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from embed_pipeline.artifacts import SMOKE_TEST_STORE, PipelineStore
+from tests.deployment.conftest import Start
+from tests.deployment.started_services import StartedServices
+from tests.deployment.webserver import Webserver, wait_for
+
+pytestmark = pytest.mark.slow
+
+TRAINED = ("embedder", "reranker", "evaluation")
+RUN_SECONDS = 900
+
+
+@pytest.fixture(scope="module")
+def deployed(start: Start) -> Iterator[StartedServices]:
+    unattended = {"automation": {"watch": True, "watch_interval_seconds": 2, "retrain": "on_change"}}
+    with start({"asked": {}, "unattended": unattended}, EMBED_PIPELINE_SMOKE_TEST="1") as services:
+        yield services
+
+
+def store_of(deployed: StartedServices, pipeline: str) -> PipelineStore:
+    return PipelineStore(deployed.path("/var/lib/embed_pipeline/store") / SMOKE_TEST_STORE, pipeline)
+
+
+def assert_tracked(deployed: StartedServices, run_id: str, pipeline: str, assets: tuple[str, ...]) -> None:
+    """The MLflow runs of a Dagster run stand in Postgres as finished, their files in the volume."""
+    ended = deployed.query(
+        "SELECT name, status, artifact_uri FROM runs JOIN tags USING (run_uuid) "
+        f"WHERE key = 'dagster.run_id' AND value = '{run_id}'",
+        "mlflow",
+    )
+    runs = {name: (status, uri) for name, status, uri in (line.split("|") for line in ended)}
+    for asset in assets:
+        status, uri = runs[f"{pipeline}/{asset}"]
+        assert status == "FINISHED"
+        kept = deployed.path("/var/lib/mlflow/artifacts") / uri.removeprefix("mlflow-artifacts:/")
+        assert (kept / "settings.json").is_file()
+
+
+def test_a_run_asked_for_in_the_ui_does_the_whole_pipeline(deployed: StartedServices) -> None:
+    webserver = Webserver(deployed.address("webserver"))
+
+    run_id = webserver.launch("asked_pipeline")
+
+    assert webserver.wait_until_finished(run_id, RUN_SECONDS) == "SUCCESS", webserver.told(run_id)
+    assert "RunEnqueuedEvent" in {event["__typename"] for event in webserver.events(run_id)}  # the daemon started it
+    assert "train_loss" in webserver.output(run_id)  # printed in the code location, read by the webserver
+    assert store_of(deployed, "asked").current("evaluation").manifest.runs.dagster == run_id
+    assert_tracked(deployed, run_id, "asked", TRAINED)
+
+
+def test_the_daemon_trains_what_lies_in_the_raw_folder(deployed: StartedServices) -> None:
+    webserver = Webserver(deployed.address("webserver"))
+
+    def trained() -> str | None:
+        mine = [run for run in webserver.runs() if run["tags"].get("embed_pipeline/pipeline") == "unattended"]
+        assert not [webserver.told(run["runId"]) for run in mine if run["status"] == "FAILURE"]
+        store = store_of(deployed, "unattended")
+        done = {run["runId"] for run in mine if run["status"] == "SUCCESS"}
+        evaluated = store.current("evaluation").manifest.runs.dagster if store.has_current("evaluation") else None
+        return evaluated if evaluated in done else None
+
+    run_id = wait_for(trained, RUN_SECONDS)
+
+    assert_tracked(deployed, run_id, "unattended", TRAINED)
+
+
+def test_mlflow_answers_the_code_location_and_this_machine_alone(deployed: StartedServices) -> None:
+    def answer(host: str) -> int:
+        try:
+            ask = Request(f"{deployed.address('mlflow')}/api/2.0/mlflow/experiments/get?experiment_id=0")
+            ask.add_header("Host", host)
+            with urlopen(ask, timeout=30) as told:
+                return int(told.status)
+        except HTTPError as error:
+            return error.code
+
+    assert [answer(host) for host in ("mlflow:5000", "127.0.0.1:5055", "localhost:5000")] == [200, 200, 200]
+    assert answer("rebound.example") == 403
+
+
+def test_each_service_reaches_its_own_database_alone(deployed: StartedServices) -> None:
+    allowed = deployed.query(
+        "SELECT role, database, has_database_privilege(role, database, 'CONNECT') "
+        "FROM unnest(ARRAY['dagster', 'mlflow']) role, unnest(ARRAY['dagster', 'mlflow']) database ORDER BY 1, 2",
+        "postgres",
+    )
+
+    assert allowed == ["dagster|dagster|t", "dagster|mlflow|f", "mlflow|dagster|f", "mlflow|mlflow|t"]
+
+
+def test_a_pipeline_that_does_not_load_is_told_in_the_ui(start: Start) -> None:
+    with start({"broken": {"source": {"path": "raw/nothing.parquet"}}}) as deployed:
+        told = Webserver(deployed.address("webserver")).ask(
+            """{ workspaceOrError { ... on Workspace { locationEntries {
+                    locationOrLoadError { ... on PythonError { message errorChain { error { message } } } } } } } }"""
+        )
+
+    assert "nothing.parquet" in str(told)
+
+
+def test_configuration_of_one_machine_is_found_again_in_the_volumes(deployed: StartedServices) -> None:
+    inside = {path.name for path in Path(deployed.path("/opt/dagster")).iterdir()}
+
+    assert {"dagster.yaml", "workspace.yaml"} <= inside
+    assert "mlflow.db" not in inside  # nothing was kept beside the volumes
+    assert "store" not in inside
