@@ -139,7 +139,7 @@ def trade_off_table(report: MergingReport) -> tuple[list[str], list[list[str]]]:
     for one in report.tried:
         notes = [] if one.allowed else ["loses too much"]
         if one.coefficient == report.remedy:
-            notes.append("best on dev of those that do not lose too much")
+            notes.append("best on dev within bounds")
         if one.coefficient == report.coefficient:
             notes.append("goes on")
         title = {0.0: " (base)", 1.0: " (fine-tuned)"}.get(one.coefficient, "")

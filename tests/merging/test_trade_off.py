@@ -150,7 +150,7 @@ def test_the_table_marks_what_goes_on_and_what_is_lost() -> None:
     assert [row[-1] for row in rows] == [
         "",
         "",
-        "best on dev of those that do not lose too much",
+        "best on dev within bounds",
         "loses too much",
         "loses too much, goes on",
     ]
