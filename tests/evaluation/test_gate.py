@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from embed_pipeline.evaluation.guard_sets import GuardResult
 
 from embed_pipeline.evaluation.comparison import Values
 from embed_pipeline.evaluation.gate import GateReport, judge
+from embed_pipeline.evaluation.guard_sets import GuardResult
 from embed_pipeline.evaluation.metrics import METRICS
 from embed_pipeline.settings import EvaluationSettings, GateSettings
 
