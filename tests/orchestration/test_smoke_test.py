@@ -15,7 +15,7 @@ import yaml
 
 from embed_pipeline.artifacts import PipelineStore, pipelines_in
 from embed_pipeline.settings import SMOKE_TEST_QUERIES, PipelineSettings, smoke_test_of
-from embed_pipeline.stages import Pipeline
+from embed_pipeline.stages import Pipeline, make_raw_pairs
 from tests.made_up_models import SETTINGS
 from tests.orchestration.conftest import SmallPipeline
 
@@ -91,25 +91,11 @@ def test_the_environment_asks_for_it(
     assert pipeline.store.folder == (tmp_path / "smoke-test" / "small" if small else tmp_path / "small")
 
 
-def test_it_reads_a_sample_into_a_store_of_its_own(make_pipeline: MakePipeline) -> None:
-    small = make_pipeline()
-    small.materialize("raw_pairs")
-    real = small.store.current("raw_pairs")
-
-    done = materialize(small, "small/raw_pairs")
-
-    assert done.returncode == 0, done.stderr[-2000:]
-    sampled = small_store(small).current("raw_pairs")
-    assert sampled.manifest.recipe.settings["sampled_queries"] == SMOKE_TEST_QUERIES
-    assert sampled.manifest.recipe.digest != real.manifest.recipe.digest
-    assert small.store.current("raw_pairs").version == real.version
-    assert len(small.store.versions("raw_pairs")) == 1
-    assert [store.pipeline for store in pipelines_in(small.home / "store")] == ["small"]
-
-
 @pytest.mark.parametrize("command", ["dagster", "dg"])
 def test_a_failing_blocking_check_is_the_exit_code(make_pipeline: MakePipeline, command: str) -> None:
     small = make_pipeline()
+    make_raw_pairs(Pipeline(small_settings(small), small.yaml_file.parent, small.store))
+    real = small.store.current("raw_pairs")
     (small.folder / "refusing.py").write_text(REFUSING)
 
     if command == "dagster":
@@ -119,8 +105,16 @@ def test_a_failing_blocking_check_is_the_exit_code(make_pipeline: MakePipeline, 
 
     assert done.returncode == 1
     assert "nobody_likes_them" in done.stdout + done.stderr
-    assert small_store(small).has_current("raw_pairs")
     assert not small_store(small).has_current("cleaned_pairs")
+    sampled = small_store(small).current("raw_pairs")
+    assert sampled.manifest.recipe.settings["sampled_queries"] == SMOKE_TEST_QUERIES
+    assert sampled.manifest.recipe.digest != real.manifest.recipe.digest
+    assert [artifact.version for artifact in small.store.versions("raw_pairs")] == [real.version]
+    assert [store.pipeline for store in pipelines_in(small.home / "store")] == ["small"]
+
+
+def small_settings(small: SmallPipeline) -> PipelineSettings:
+    return PipelineSettings.model_validate(yaml.safe_load(small.yaml_file.read_text())["attributes"])
 
 
 @pytest.mark.slow
