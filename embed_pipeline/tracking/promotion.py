@@ -12,7 +12,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from embed_pipeline.artifacts import PipelineStore
@@ -102,9 +102,11 @@ def challenge(store: PipelineStore, candidate: Candidate, track: Track) -> None:
         with changing(store) as history:
             if _serves(history, candidate):
                 return
-            with track() as tracked:
-                registry = Registry()
-                models = _registered(registry, store, candidate, _names(store, smoke_test=False), tracked)
+            registry, names = Registry(), _names(store, smoke_test=False)
+            found = [registry.find(name, model) for (_, model), name in zip(candidate.models, names, strict=True)]
+            # An MLflow run is opened only where there is something to register.
+            with track() if None in found else nullcontext() as tracked:
+                models = _registered(registry, store, candidate, names, tracked)
                 registry.move({(model.name, CHALLENGER): model.version for model in models})
     except TrackingError as error:
         logger.warning("the candidate is not marked as challenger: %s", error)

@@ -125,10 +125,12 @@ def services(variables: Mapping[str, str]) -> dict[str, Service]:
         given = {key: variables.get(key) if value is None else value for key, value in service["environment"].items()}
         service["environment"] = {key: value for key, value in given.items() if value is not None}
     built = images()
-    return {
-        name: Service(name, values, built[values["build"]["target"]] if "build" in values else None)
-        for name, values in settings["services"].items()
+    named = {
+        service["image"]: built[service["build"]["target"]]
+        for service in settings["services"].values()
+        if "build" in service
     }
+    return {name: Service(name, service, named.get(service["image"])) for name, service in settings["services"].items()}
 
 
 def images() -> dict[str, Image]:

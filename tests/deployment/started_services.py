@@ -108,6 +108,12 @@ class StartedServices:
     def translated(self, command: Sequence[str]) -> list[str]:
         return [self._with_paths(self._with_ports(word)).replace("0.0.0.0", HOST) for word in command]
 
+    def execute(self, name: str, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        """As `docker compose exec`: a command in the container of a service."""
+        service = self.services[name]
+        where = self._working_directory(name)
+        return subprocess.run(command, env=self.environment(service), cwd=where, capture_output=True, text=True)
+
     def query(self, sql: str, database: str) -> list[str]:
         """The lines that `sql` gives, as the superuser."""
         command = ["psql", "--no-psqlrc", "--tuples-only", "--no-align", "--dbname", database, "--command", sql]

@@ -1,9 +1,10 @@
-"""The deployment at work: a smoke test of a pipeline asked for in the UI, and one that the daemon starts by itself."""
+"""The deployment at work: a smoke test asked for in the UI, and a training that the daemon starts by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -16,19 +17,16 @@ from tests.deployment.webserver import Webserver, wait_for
 
 pytestmark = pytest.mark.slow
 
+STORE = "/var/lib/embed_pipeline/store"
 TRAINED = ("embedder", "reranker", "evaluation")
+ASSETS = (*TRAINED, "champion")
 RUN_SECONDS = 900
 
 
 @pytest.fixture(scope="module")
 def deployed(start: Start) -> Iterator[StartedServices]:
-    unattended = {"automation": {"watch": True, "watch_interval_seconds": 2, "retrain": "on_change"}}
-    with start({"asked": {}, "unattended": unattended}, EMBED_PIPELINE_SMOKE_TEST="1") as services:
+    with start({"asked": {}}, EMBED_PIPELINE_SMOKE_TEST="1") as services:
         yield services
-
-
-def store_of(deployed: StartedServices, pipeline: str) -> PipelineStore:
-    return PipelineStore(deployed.path("/var/lib/embed_pipeline/store") / SMOKE_TEST_STORE, pipeline)
 
 
 def assert_tracked(deployed: StartedServices, run_id: str, pipeline: str, assets: tuple[str, ...]) -> None:
@@ -46,7 +44,7 @@ def assert_tracked(deployed: StartedServices, run_id: str, pipeline: str, assets
         assert (kept / "settings.json").is_file()
 
 
-def test_a_run_asked_for_in_the_ui_does_the_whole_pipeline(deployed: StartedServices) -> None:
+def test_a_smoke_test_asked_for_in_the_ui_does_the_whole_pipeline(deployed: StartedServices) -> None:
     webserver = Webserver(deployed.address("webserver"))
 
     run_id = webserver.launch("asked_pipeline")
@@ -54,24 +52,41 @@ def test_a_run_asked_for_in_the_ui_does_the_whole_pipeline(deployed: StartedServ
     assert webserver.wait_until_finished(run_id, RUN_SECONDS) == "SUCCESS", webserver.told(run_id)
     assert "RunEnqueuedEvent" in {event["__typename"] for event in webserver.events(run_id)}  # the daemon started it
     assert "train_loss" in webserver.output(run_id)  # printed in the code location, read by the webserver
-    assert store_of(deployed, "asked").current("evaluation").manifest.runs.dagster == run_id
-    assert_tracked(deployed, run_id, "asked", TRAINED)
+    store = PipelineStore(deployed.path(STORE) / SMOKE_TEST_STORE, "asked")
+    assert store.current("evaluation").manifest.runs.dagster == run_id
+    assert_tracked(deployed, run_id, "asked", ASSETS)
+    models = deployed.query("SELECT name, version FROM model_versions ORDER BY name", "mlflow")
+    assert models == ["asked-embedder-smoke-test|1", "asked-reranker-smoke-test|1"]
 
 
-def test_the_daemon_trains_what_lies_in_the_raw_folder(deployed: StartedServices) -> None:
-    webserver = Webserver(deployed.address("webserver"))
+def test_the_daemon_trains_by_itself_on_what_lies_in_the_raw_folder(start: Start) -> None:
+    automation = {"watch": True, "watch_interval_seconds": 2, "retrain": "on_change"}
+    with start({"unattended": {"automation": automation}}) as deployed:
+        webserver = Webserver(deployed.address("webserver"))
 
-    def trained() -> str | None:
-        mine = [run for run in webserver.runs() if run["tags"].get("embed_pipeline/pipeline") == "unattended"]
-        assert not [webserver.told(run["runId"]) for run in mine if run["status"] == "FAILURE"]
-        store = store_of(deployed, "unattended")
-        done = {run["runId"] for run in mine if run["status"] == "SUCCESS"}
-        evaluated = store.current("evaluation").manifest.runs.dagster if store.has_current("evaluation") else None
-        return evaluated if evaluated in done else None
+        def training() -> dict[str, Any] | None:
+            started_by = {run["tags"].get("dagster/sensor_name"): run for run in webserver.runs()}
+            return started_by.get("unattended_retraining")
 
-    run_id = wait_for(trained, RUN_SECONDS)
+        run_id = wait_for(training, RUN_SECONDS)["runId"]
+        webserver.wait_until_finished(run_id, RUN_SECONDS)
 
-    assert_tracked(deployed, run_id, "unattended", TRAINED)
+        # Whether so small a model passes the gate is not the question here.
+        failed = [event["stepKey"] for event in webserver.events(run_id) if "StepFailure" in event["__typename"]]
+        assert set(failed) <= {"unattended__evaluation_gate"}, webserver.told(run_id)
+        store = PipelineStore(deployed.path(STORE), "unattended")
+        assert store.current("evaluation").manifest.runs.dagster == run_id
+        assert_tracked(deployed, run_id, "unattended", TRAINED)
+
+
+def test_a_command_in_the_code_locations_container_is_recorded_as_well(deployed: StartedServices) -> None:
+    command = ["dagster", "asset", "materialize", "-m", "embed_pipeline.definitions", "--select", "asked/raw_pairs"]
+
+    done = deployed.execute("code", command)
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = [run for run in Webserver(deployed.address("webserver")).runs() if run["jobName"] == "__ASSET_JOB"]
+    assert run["status"] == "SUCCESS"
 
 
 def test_mlflow_answers_the_code_location_and_this_machine_alone(deployed: StartedServices) -> None:

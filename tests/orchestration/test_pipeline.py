@@ -15,9 +15,11 @@ import yaml
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from embed_pipeline.artifacts import ASSETS
+from embed_pipeline.champions import read_history
 from tests.orchestration.conftest import SmallPipeline, write_yaml
 
 MakePipeline = Callable[..., SmallPipeline]
+MADE = [asset for asset in ASSETS if asset != "merged_embedder"]  # that one only with guard sets
 
 
 def made(result: dg.ExecuteInProcessResult) -> dict[str, bool]:
@@ -41,30 +43,34 @@ def contents(result: dg.ExecuteInProcessResult) -> dict[str, str]:
 def test_the_whole_pipeline_and_what_a_second_run_does(make_pipeline: MakePipeline) -> None:
     small = make_pipeline()
 
-    first = small.materialize()
+    first = small.materialize(raise_on_error=False)
 
-    assert made(first) == dict.fromkeys(ASSETS, True)
+    assert made(first) == dict.fromkeys(MADE, True)
     checks = {e.check_name: e.passed for e in first.get_asset_check_evaluations()}
-    assert checks.pop("better_than_base") in (True, False)
+    # Twenty-four questions are too few for the gate, so the run fails, and there is no champion.
+    assert not first.success
+    assert not checks.pop("gate")
+    assert not read_history(small.store).promotions
     assert checks == {
         "splits_do_not_leak_and_rows_add_up": True,
         "answers_are_in_the_corpus": True,
         "no_positive_among_negatives": True,
         "trained_on_no_held_out_question": True,
     }
-    assert contents(first) == {asset: small.store.current(asset).content for asset in ASSETS}
+    assert contents(first) == {asset: small.store.current(asset).content for asset in MADE}
     _models_load(small)
     _figures_are_complete(small)
     _metrics_came_live(first)
     _mlflow_has_everything(small, first.run_id)
+    runs = set(_mlflow_runs(small))
 
-    second = small.materialize()
+    second = small.materialize(raise_on_error=False)
 
-    assert made(second) == dict.fromkeys(ASSETS, False)
+    assert made(second) == dict.fromkeys(MADE, False)
     assert contents(second) == contents(first)
-    assert len(_mlflow_runs(small)) == 4
+    assert set(_mlflow_runs(small)) == runs
 
-    other_rate = small.materialize(config={"embedder": {"learning_rate": 0.002}})
+    other_rate = small.materialize(config={"embedder": {"learning_rate": 0.002}}, raise_on_error=False)
 
     assert made(other_rate) == {
         "raw_pairs": False,
@@ -89,7 +95,7 @@ def _figures_are_complete(small: SmallPipeline) -> None:
     evaluation = small.store.current("evaluation")
     summary = json.loads((evaluation.path / "summary.json").read_text())
     assert {row["system"] for row in summary} == {"bm25", "base_embedder", "embedder", "base_reranker", "reranker"}
-    keys = "system, metric, value, gain, interval_low, interval_high, num_queries"
+    keys = "system, metric, value, gain, interval_low, interval_high, p_value, num_queries"
     assert set(summary[0]) == set(keys.split(", "))
     assert "<html" in (evaluation.path / "report.html").read_text()
     assert evaluation.input("embedder") == small.store.current("embedder").version
@@ -116,7 +122,7 @@ def _mlflow_runs(small: SmallPipeline) -> dict[str, mlflow.entities.Run]:
 
 def _mlflow_has_everything(small: SmallPipeline, dagster_run_id: str) -> None:
     runs = {name.split()[0]: run for name, run in _mlflow_runs(small).items()}
-    assert set(runs) == {"run", "embedder", "reranker", "evaluation"}
+    assert set(runs) == {"run", "embedder", "reranker", "evaluation", "challenger"}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert {run.data.tags["dagster.run_id"] for run in runs.values()} == {dagster_run_id}
     for child in ("embedder", "reranker", "evaluation"):

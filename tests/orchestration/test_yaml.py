@@ -104,7 +104,7 @@ def test_environment_variables_can_stand_in_the_yaml(
 
     definitions = load_folder(tmp_path, "templated_pipeline_under_test")
 
-    assert len(list(definitions.resolve_all_asset_specs())) == 6
+    assert len(list(definitions.resolve_all_asset_specs())) == 7
 
 
 def test_the_example_of_the_readme_is_a_right_pipeline() -> None:
