@@ -36,6 +36,12 @@ def wait_for_steps(job: TrainingJob) -> None:
         time.sleep(0.1)
 
 
+def started_torchrun() -> psutil.Process:
+    """The one that this process started; other tests may have left helpers of other libraries among its children."""
+    (torchrun,) = (p for p in psutil.Process().children() if "embed_pipeline.launch.agent" in p.cmdline())
+    return torchrun
+
+
 def workers(torchrun: psutil.Process) -> list[psutil.Process]:
     return [child for child in torchrun.children() if "embed_pipeline.training.embedder" in child.cmdline()]
 
@@ -62,7 +68,8 @@ def test_an_interrupt_ends_every_rank(endless: TrainingJob, tmp_path: Path) -> N
     def interrupt() -> None:
         log = endless.output / "training_log.jsonl"
         if log.is_file() and '"loss"' in log.read_text():
-            family.extend(psutil.Process().children(recursive=True))
+            torchrun = started_torchrun()
+            family.extend([torchrun, *torchrun.children(recursive=True)])
             raise KeyboardInterrupt
 
     command = torchrun_command(endless.entry_point, tmp_path / "job.json", 2)
@@ -75,8 +82,7 @@ def test_an_interrupt_ends_every_rank(endless: TrainingJob, tmp_path: Path) -> N
 def test_a_rank_that_is_killed_is_the_cause(endless: TrainingJob, tmp_path: Path) -> None:
     def kill_rank_1() -> None:
         wait_for_steps(endless)
-        ranks = [worker for torchrun in psutil.Process().children() for worker in workers(torchrun)]
-        (rank_1,) = (worker for worker in ranks if worker.environ()["RANK"] == "1")
+        (rank_1,) = (rank for rank in workers(started_torchrun()) if rank.environ()["RANK"] == "1")
         rank_1.kill()
 
     killer = threading.Thread(target=kill_rank_1)
@@ -90,8 +96,7 @@ def test_a_rank_that_is_killed_is_the_cause(endless: TrainingJob, tmp_path: Path
 def test_a_preempted_training_may_be_tried_again(endless: TrainingJob, tmp_path: Path) -> None:
     def preempt() -> None:
         wait_for_steps(endless)
-        (torchrun,) = psutil.Process().children()
-        torchrun.terminate()
+        started_torchrun().terminate()
 
     preemption = threading.Thread(target=preempt)
     preemption.start()
