@@ -8,14 +8,39 @@ from __future__ import annotations
 
 import difflib
 import zoneinfo
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from embed_pipeline.losses import (
+    DEFAULT_LOSSES,
+    EMBEDDER_LOSSES,
+    EXAMPLE_KINDS,
+    NOT_OFFERED,
+    RERANKER_LOSSES,
+    RETRIEVAL_KINDS,
+    WRAPPERS,
+    BatchSampler,
+    Loss,
+    SourceKind,
+    losses_for,
+)
+
 Engine = Literal["sentence-transformers", "flag-embedding"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Metric = Literal[
     "ndcg_at_10",
@@ -28,27 +53,8 @@ Metric = Literal[
     "hit_rate_at_5",
     "hit_rate_at_10",
     "map_at_100",
+    "spearman",  # of a pipeline whose own source is scored pairs, and only there
 ]
-# Losses of sentence-transformers that fit our rows: (query, positive, negatives), and (query, group, labels).
-EmbedderLoss = Literal["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"]
-RerankerLoss = Literal[
-    "BinaryCrossEntropyLoss", "ListNetLoss", "LambdaLoss", "ListMLELoss", "PListMLELoss", "RankNetLoss", "ADRMSELoss"
-]
-
-_CONTRASTIVE = ("directions", "partition_mode", "hardness_mode", "hardness_strength")
-_PAIRWISE = ("k", "sigma", "eps", "reduction_log", "mini_batch_size")
-# What `loss_arguments` may hold: the library's own names, without those that our other settings decide.
-LOSS_ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "MultipleNegativesRankingLoss": _CONTRASTIVE,
-    "CachedMultipleNegativesRankingLoss": (*_CONTRASTIVE, "mini_batch_num_tokens"),
-    "BinaryCrossEntropyLoss": ("pos_weight",),
-    "ListNetLoss": ("mini_batch_size",),
-    "LambdaLoss": _PAIRWISE,
-    "ListMLELoss": ("mini_batch_size", "respect_input_order"),
-    "PListMLELoss": ("mini_batch_size", "respect_input_order"),
-    "RankNetLoss": _PAIRWISE,
-    "ADRMSELoss": ("alpha", "mini_batch_size"),
-}
 
 
 class Settings(BaseModel):
@@ -156,7 +162,9 @@ class ColumnSettings(Settings):
     query: str = "query"
     passage: str = "passage"
     positive: str = Field("positive", description="triplets: the passage that answers")
-    negative: str = Field("negative", description="triplets: the passage that does not")
+    negative: str = Field(
+        "negative", description="triplets: the passage that does not; negative_1, negative_2, ... are taken as well"
+    )
     query_id: str = "query_id"
     passage_id: str = "passage_id"
     qrels_query_id: str | None = Field(None, description="beir: its name in qrels, where it is not `query_id`'s")
@@ -166,6 +174,10 @@ class ColumnSettings(Settings):
     document_id: str | None = Field(None, description="passages of one document never stand in two splits")
     split: str | None = Field(None, description="a delivered split (train, dev, test) is honoured")
     text: str = Field("text", description="the text column of BEIR corpus and queries, and of an extra corpus")
+    sentence1: str = Field("sentence1", description="scored, labelled, parallel: the first text")
+    sentence2: str | None = Field(None, description="the second text; labelled texts may stand alone")
+    score: str = Field("score", description="scored: how alike the two are")
+    label: str = Field("label", description="labelled: the class, text or whole numbers")
 
 
 # The keys of `columns` that mean something to each kind of source; another key would be ignored, so it is refused.
@@ -177,14 +189,23 @@ _COLUMN_KEYS = {
         *("relevance", "title", "document_id", "split"),
     },
     "extra_corpus": {"text", "passage_id", "title", "document_id"},
+    "flag-embedding": set(),  # its names are fixed: query, pos, neg, pos_scores, neg_scores, prompt
+    "scored": {"sentence1", "sentence2", "score", "document_id", "split"},
+    "labelled": {"sentence1", "sentence2", "label", "document_id", "split"},
+    "parallel": {"sentence1", "sentence2", "document_id", "split"},
 }
 
 
 class SourceSettings(Settings):
-    """The user's parquet files."""
+    """The user's files of one data set."""
 
-    kind: Literal["pairs", "triplets", "beir"] = "pairs"
-    path: str | None = Field(None, description="pairs, triplets: a file, a folder or a glob; relative to the YAML")
+    kind: SourceKind = Field(
+        "pairs",
+        description="for retrieval: pairs, triplets, beir (corpus, queries and qrels) or flag-embedding (its jsonl of "
+        "query, pos, neg); else scored (two sentences and how alike they are), labelled (one or two sentences and a "
+        "class) or parallel (a sentence and its translation)",
+    )
+    path: str | None = Field(None, description="every kind but beir: a file, a folder or a glob; relative to the YAML")
     corpus: str | None = Field(None, description="beir: corpus parquet (file, folder or glob)")
     queries: str | None = Field(None, description="beir: queries parquet")
     qrels: str | None = Field(None, description="beir: qrels parquet")
@@ -195,6 +216,15 @@ class SourceSettings(Settings):
         None, description="Python script run before reading, as `python script OUTPUT_FOLDER`, to build the files"
     )
     script_output: Path | None = Field(None, description="its files; replaced whole by what `script` writes each time")
+    score_range: tuple[float, float] | None = Field(
+        None, description="scored: the scale of the scores, e.g. [1, 5]; mapped to 0..1. Unset: they are on it already"
+    )
+    license: str | None = Field(None, description="of the data, for the model card, e.g. cc-by-4.0")
+
+    @property
+    def is_retrieval(self) -> bool:
+        """Questions with passages that answer them: what is mined, and searched in an evaluation."""
+        return self.kind in RETRIEVAL_KINDS
 
     @model_validator(mode="after")
     def _right_paths(self) -> SourceSettings:
@@ -207,6 +237,13 @@ class SourceSettings(Settings):
                 raise ValueError(f"`{key}` does not belong to a source of kind '{self.kind}'")
         if (self.script is None) != (self.script_output is None):
             raise ValueError("`script` and `script_output` go together")
+        if self.extra_corpus is not None and not self.is_retrieval:
+            raise ValueError(f"`extra_corpus` does not belong to a source of kind '{self.kind}': nothing is searched")
+        if self.score_range is not None:
+            if self.kind != "scored":
+                raise ValueError(f"`score_range` does not belong to a source of kind '{self.kind}'")
+            if self.score_range[0] >= self.score_range[1]:
+                raise ValueError(f"score_range: expected [lowest, highest]; found {list(self.score_range)}")
         return self
 
     @model_validator(mode="after")
@@ -270,12 +307,14 @@ class CleaningSettings(Settings):
 # ----------------------------------------------------------------------------------------------- mining
 
 
-class VetoSettings(Settings):
-    """A cross-encoder looks at the negatives that are left and refuses those it takes for answers."""
+class CrossEncoderSettings(Settings):
+    """A cross-encoder scores positives and the negatives that are left; losses that need a teacher learn its scores."""
 
     model: ModelSource
-    max_score_ratio: Share = Field(
-        0.95, description="refused when its score, mapped to 0..1, exceeds this share of the best-scored positive's"
+    max_score_ratio: Share | None = Field(
+        0.95,
+        description="a negative is refused when its score, mapped to 0..1, exceeds this share of the best-scored "
+        "positive's; null: it refuses none and only teaches",
     )
     max_length: int = Field(512, ge=8)
 
@@ -292,7 +331,7 @@ class MiningSettings(Settings):
     absolute_margin: float | None = Field(None, ge=0.0, description="a negative scores at least this much below")
     sampling: Literal["top", "random"] = Field("top", description="the hardest that pass, or a seeded sample of them")
     fill_with_random: bool = Field(True, description="too few: add random passages, marked as such")
-    veto: VetoSettings | None = None
+    cross_encoder: CrossEncoderSettings | None = None
 
     @model_validator(mode="after")
     def _window(self) -> MiningSettings:
@@ -302,6 +341,94 @@ class MiningSettings(Settings):
 
 
 # --------------------------------------------------------------------------------------------- training
+
+
+class LossSettings(Settings):
+    """What an embedder learns by from one source: a loss of sentence-transformers with its own arguments."""
+
+    loss: str | None = Field(
+        None,
+        description="a loss of sentence-transformers; unset: MultipleNegativesRankingLoss for retrieval kinds, "
+        "CoSENTLoss for scored, SoftmaxLoss for labelled, MSELoss for parallel",
+    )
+    loss_arguments: dict[str, Any] = Field(default_factory=dict, description="of the loss, by its own names")
+    loss_wrapper: Literal["MatryoshkaLoss", "AdaptiveLayerLoss", "Matryoshka2dLoss"] | None = Field(
+        None, description="a loss around the loss: embeddings that may be cut, models whose last layers may be"
+    )
+    loss_wrapper_arguments: dict[str, Any] = Field(
+        default_factory=dict, description="of the wrapper, by its own names, e.g. matryoshka_dims"
+    )
+    guide: ModelSource | None = Field(None, description="GIST losses: an embedder that tells false negatives")
+    teacher: ModelSource | None = Field(
+        None, description="MSELoss, EmbedDistillLoss: an embedder whose embeddings are to be learnt"
+    )
+
+    def loss_for(self, kind: SourceKind) -> str:
+        return self.loss or DEFAULT_LOSSES[kind]
+
+    def problem_with(self, kind: SourceKind, cached: bool) -> str | None:
+        """Why this loss cannot learn from a source of `kind`; None if it can."""
+        name = self.loss_for(kind)
+        if problem := _no_such_loss(name, kind, EMBEDDER_LOSSES):
+            return problem
+        loss = EMBEDDER_LOSSES[name]
+        if cached and loss.cached is not None:
+            name, loss = loss.cached, EMBEDDER_LOSSES[loss.cached]
+        if problem := _no_such_arguments(name, self.loss_arguments, loss.arguments, "loss_arguments"):
+            return problem
+        if self.loss_wrapper is None:
+            if self.loss_wrapper_arguments:
+                return "`loss_wrapper_arguments` are given, but no `loss_wrapper`"
+        else:
+            given, allowed = self.loss_wrapper_arguments, WRAPPERS[self.loss_wrapper]
+            if problem := _no_such_arguments(self.loss_wrapper, given, allowed, "loss_wrapper_arguments"):
+                return problem
+            if "matryoshka_dims" in allowed and not given.get("matryoshka_dims"):
+                return f"{self.loss_wrapper} needs loss_wrapper_arguments.matryoshka_dims, e.g. [384, 192, 96]"
+            if self.loss_wrapper != "MatryoshkaLoss" and not loss.layers:
+                return f"{self.loss_wrapper} cannot be put around {name}: it runs the model several times a batch"
+        for key in ("guide", "teacher"):
+            if (key in loss.needs) != (getattr(self, key) is not None):
+                return f"{name} needs `{key}`, an embedder" if key in loss.needs else f"{name} takes no `{key}`"
+        return None
+
+
+def _no_such_loss(name: str, kind: SourceKind, losses: Mapping[str, Loss]) -> str | None:
+    fitting = f"Losses for a source of kind '{kind}': {', '.join(losses_for(kind, losses))}"
+    if name in NOT_OFFERED:
+        return f"{name} is not offered: it {NOT_OFFERED[name]}. {fitting}"
+    if name not in losses:
+        near = difflib.get_close_matches(name, losses, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        return f"no loss is called '{name}'.{hint} {fitting}"
+    return None if kind in losses[name].rows else f"{name} does not fit the columns of kind '{kind}'. {fitting}"
+
+
+def _no_such_arguments(name: str, given: Mapping[str, Any], allowed: Sequence[str], key: str) -> str | None:
+    unknown = sorted(set(given) - set(allowed))
+    if not unknown:
+        return None
+    return f"{key}: {name} takes no {', '.join(unknown)}. Allowed: {', '.join(allowed) or 'none'}"
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (arXiv 2106.09685) by PEFT's names; merged into the weights when the training ends."""
+
+    r: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    target_modules: str | tuple[str, ...] | None = Field(
+        None, description="unset: what PEFT knows of the architecture; all-linear: every linear layer"
+    )
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+class FreezeSettings(Settings):
+    """What of the base model stays as it is."""
+
+    embeddings: bool = False
+    layers: int = Field(0, ge=0, description="so many of the transformer's layers, from the first")
 
 
 class TrainingSettings(Settings):
@@ -334,39 +461,47 @@ class TrainingSettings(Settings):
         "auto", description="auto: one process on a CPU, one per visible GPU otherwise"
     )
 
+    lora: LoraSettings | None = None
+    freeze: FreezeSettings = FreezeSettings()
+    batch_sampler: BatchSampler | None = Field(
+        None, description="sentence-transformers engine; unset: each loss has the one that suits it"
+    )
+    multi_dataset_batch_sampler: Literal["proportional", "round_robin"] = Field(
+        "proportional", description="with extra sources: batches by their sizes, or in turn until one has ended"
+    )
+    knowledge_distillation: bool = Field(
+        False, description="flag-embedding engine: learn the scores of mining.cross_encoder, or those of its own jsonl"
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="more training arguments of the engine's library, by its own names"
+    )
+
     @model_validator(mode="after")
-    def _loss_of_the_engine(self) -> TrainingSettings:
-        for key in ("loss", "loss_arguments"):
-            default = type(self).model_fields[key].get_default(call_default_factory=True)
-            if self.engine == "flag-embedding" and getattr(self, key) != default:
-                raise ValueError(f"`{key}` belongs to engine sentence-transformers; flag-embedding has one loss only")
+    def _keys_of_the_engine(self) -> TrainingSettings:
+        other = {
+            "flag-embedding": ("loss", "loss_arguments", "loss_wrapper", "guide", "teacher", "batch_sampler"),
+            "sentence-transformers": ("knowledge_distillation",),
+        }
+        for key in other[self.engine]:
+            field = type(self).model_fields.get(key)
+            if field and getattr(self, key) != field.get_default(call_default_factory=True):
+                belongs = next(engine for engine in other if engine != self.engine)
+                raise ValueError(f"`{key}` belongs to engine {belongs}, not to {self.engine}")
         return self
 
     @model_validator(mode="after")
-    def _arguments_of_the_loss(self) -> TrainingSettings:
-        loss, given = getattr(self, "loss", None), getattr(self, "loss_arguments", {})
-        if given and loss is not None:
-            if getattr(self, "sub_batch_size", None) is not None:
-                loss = f"Cached{loss.removeprefix('Cached')}"
-            unknown = sorted(set(given) - set(LOSS_ARGUMENTS[loss]))
-            if unknown:
-                allowed = ", ".join(LOSS_ARGUMENTS[loss])
-                raise ValueError(f"loss_arguments: {loss} takes no {', '.join(unknown)}. Allowed: {allowed}")
+    def _something_to_train(self) -> TrainingSettings:
+        if self.lora is not None and self.freeze != FreezeSettings():
+            raise ValueError("`lora` freezes the whole base model already: leave `freeze` out")
         return self
 
 
-class EmbedderSettings(TrainingSettings):
+class EmbedderSettings(TrainingSettings, LossSettings):
     base_model: ModelSource
     encoding: EncodingSettings = EncodingSettings()
     temperature: float = Field(0.02, gt=0, description="divides the cosine similarities in the contrastive loss")
     negatives_cross_device: bool = Field(True, description="use the other processes' passages as negatives too")
     sub_batch_size: int | None = Field(None, ge=1, description="gradient caching: encode a batch in parts of this size")
-    loss: EmbedderLoss = Field(
-        "MultipleNegativesRankingLoss", description="sentence-transformers engine; sub_batch_size takes its Cached form"
-    )
-    loss_arguments: dict[str, Any] = Field(
-        default_factory=dict, description="sentence-transformers engine: more arguments of the loss, by its own names"
-    )
     dev_passages: int = Field(2_000, ge=1, description="corpus of the dev evaluation during training")
 
 
@@ -393,10 +528,8 @@ class RerankerSettings(TrainingSettings):
     )
     batch_size: int = Field(16, ge=1, description="queries (each with its group) per process and step")
     learning_rate: float = Field(2e-5, gt=0)
-    loss: RerankerLoss = Field("BinaryCrossEntropyLoss", description="sentence-transformers engine only")
-    loss_arguments: dict[str, Any] = Field(
-        default_factory=dict, description="sentence-transformers engine: more arguments of the loss, by its own names"
-    )
+    loss: str = Field("BinaryCrossEntropyLoss", description="a cross-encoder loss of sentence-transformers")
+    loss_arguments: dict[str, Any] = Field(default_factory=dict, description="of the loss, by its own names")
     num_negatives: int = Field(8, ge=1, description="mined with the fine-tuned embedder for each train query")
     embedder_weight: Literal["auto"] | Share = Field(
         "auto",
@@ -423,6 +556,41 @@ class RerankerSettings(TrainingSettings):
         return self
 
 
+# ---------------------------------------------------------------------------------------- extra sources
+
+
+class ExtraSourceSettings(SourceSettings, LossSettings):
+    """One more data set to learn from, beside the pipeline's own: cleaned, split and measured by the rules of its kind.
+
+    Retrieval kinds are a collection of their own, mined as the pipeline's is. What the pipeline's own dev or test
+    questions and answers hold is dropped from its train rows.
+    """
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    train_rows: int | None = Field(None, ge=1, description="learn from a seeded sample of so many rows (queries)")
+    reranker_loss: str | None = Field(None, description="a cross-encoder loss; unset: the reranker does not learn it")
+    reranker_loss_arguments: dict[str, Any] = Field(default_factory=dict, description="of that loss, by its own names")
+
+    @model_validator(mode="after")
+    def _losses_of_this_kind(self) -> ExtraSourceSettings:
+        if self.extra_corpus is not None:
+            raise ValueError("`extra_corpus` belongs to the pipeline's own source")
+        if problem := self.problem_with(self.kind, cached=False):
+            raise ValueError(problem)
+        if self.reranker_loss is not None:
+            if problem := _reranker_loss_problem(self.reranker_loss, self.reranker_loss_arguments, self.kind):
+                raise ValueError(problem)
+        elif self.reranker_loss_arguments:
+            raise ValueError("`reranker_loss_arguments` are given, but no `reranker_loss`")
+        return self
+
+
+def _reranker_loss_problem(name: str, arguments: Mapping[str, Any], kind: SourceKind) -> str | None:
+    if problem := _no_such_loss(name, kind, RERANKER_LOSSES):
+        return problem
+    return _no_such_arguments(name, arguments, RERANKER_LOSSES[name].arguments, "loss_arguments")
+
+
 # ------------------------------------------------------------------------------------------- evaluation
 
 
@@ -439,12 +607,17 @@ class EvaluationSettings(Settings):
     bootstrap_samples: int = Field(10_000, ge=100)
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     examples: int = Field(15, ge=0, description="queries shown in the report that got better, and that got worse")
+    nano_beir: Path | None = Field(
+        None, description="a folder with a local copy of NanoBEIR, one folder a set; relative to the YAML file"
+    )
 
 
 class GateSettings(Settings):
     """What a candidate must show on the test split before it takes the champion's place."""
 
-    metric: Metric = Field("ndcg_at_10", description="the primary metric: the one that has to get better")
+    metric: Metric = Field(
+        "ndcg_at_10", description="the primary metric: the one that has to get better; always spearman for scored pairs"
+    )
     min_gain: float = Field(
         0.0, ge=0.0, description="smallest gain worth a promotion; whatever it is, chance must be excluded as well"
     )
@@ -546,6 +719,51 @@ class AutomationSettings(Settings):
         return self.watch or self.retrain is not None
 
 
+class CardSettings(Settings):
+    """What only people know of a model, for its card."""
+
+    license: str | None = Field(None, description="of the trained models, e.g. apache-2.0; an identifier of the Hub")
+    language: tuple[str, ...] = Field((), description="e.g. [en, zh]")
+    intended_use: str | None = Field(None, description="what the models are for, and what they are not for")
+    widget_examples: int = Field(3, ge=0, description="test questions with passages that show the model in the card")
+
+
+class ExportSettings(Settings):
+    """Other forms of the champion's embedder, each measured on the test split against the original."""
+
+    formats: tuple[Literal["onnx", "openvino", "onnx-int8", "openvino-int8"], ...] = Field(
+        (), description="the model's graph for other runtimes; int8: with quantised weights"
+    )
+    embeddings: tuple[Literal["int8", "binary"], ...] = Field((), description="embeddings of 1 byte or 1 bit a number")
+    dimensions: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (), description="embeddings cut to so many numbers; a model trained with MatryoshkaLoss bears it"
+    )
+    max_loss: Share = Field(0.01, description="a form that loses more nDCG@10 is measured, told, and not published")
+    queries: int | None = Field(None, ge=1, description="measure on a seeded sample of the test questions")
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.formats or self.embeddings or self.dimensions)
+
+
+class HubSettings(Settings):
+    """Where the champion is pushed to on the Hugging Face Hub; the token is HF_TOKEN's, never the YAML's."""
+
+    embedder: str | None = Field(None, description="repository, e.g. your-company/support-embedder")
+    reranker: str | None = Field(None, description="repository of the reranker")
+    private: bool = True
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> HubSettings:
+        for key in ("embedder", "reranker"):
+            repository = getattr(self, key)
+            if repository is not None and repository.count("/") != 1:
+                raise ValueError(f"hub.{key}: expected owner/name; found {repository!r}")
+        if self.embedder is None and self.reranker is None:
+            raise ValueError("hub: name a repository under `embedder`, `reranker` or both")
+        return self
+
+
 class TrackingSettings(Settings):
     experiment: str | None = Field(None, description="MLflow experiment; the pipeline's name if unset")
     log_model: bool = Field(True, description="upload the model folder to MLflow as well")
@@ -560,15 +778,19 @@ class PipelineSettings(Settings):
     seed: int = Field(42, ge=0, lt=2**31)
     encode_precision: Precision = Field("auto", description="arithmetic when encoding for mining and evaluation")
     source: SourceSettings
+    extra_sources: tuple[ExtraSourceSettings, ...] = ()
     cleaning: CleaningSettings = CleaningSettings()
     mining: MiningSettings = MiningSettings()
     embedder: EmbedderSettings
-    reranker: RerankerSettings
+    reranker: RerankerSettings | None = Field(None, description="left out: the pipeline ends with the embedder")
     evaluation: EvaluationSettings = EvaluationSettings()
     forgetting: ForgettingSettings = ForgettingSettings()
     gate: GateSettings = GateSettings()
     automation: AutomationSettings = AutomationSettings()
     tracking: TrackingSettings = TrackingSettings()
+    card: CardSettings = CardSettings()
+    exports: ExportSettings = ExportSettings()
+    hub: HubSettings | None = None
 
     @property
     def final_embedder(self) -> Literal["embedder", "merged_embedder"]:
@@ -584,10 +806,102 @@ class PipelineSettings(Settings):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _metric_of_scored_pairs(cls, given: Any) -> Any:
+        """A pipeline of scored pairs has one figure, so it need not be named."""
+        if isinstance(given, dict) and _kind_of(given.get("source")) == "scored":
+            gate = given.get("gate") or {}
+            gate = gate if isinstance(gate, dict) else gate.model_dump(exclude_unset=True)
+            return {**given, "gate": {"metric": "spearman", "max_loss": {}, **gate}}
+        return given
+
+    @model_validator(mode="after")
+    def _parts_of_this_kind(self) -> PipelineSettings:
+        kind = self.source.kind
+        if kind in ("labelled", "parallel"):
+            raise ValueError(
+                f"source.kind: a pipeline of its own is for retrieval ({', '.join(RETRIEVAL_KINDS)}) or for scored "
+                f"pairs; a {kind} data set goes under `extra_sources`"
+            )
+        if kind == "scored":
+            if self.reranker is not None:
+                raise ValueError("`reranker`: scored pairs have no corpus, so there is nothing to rerank. Leave it out")
+            if self.mining != MiningSettings():
+                raise ValueError("`mining`: scored pairs are not mined. Leave it out")
+            if self.embedder.engine == "flag-embedding":
+                raise ValueError("embedder.engine: flag-embedding learns from retrieval kinds only, not scored pairs")
+        metrics = {self.gate.metric, *self.gate.max_loss}
+        if (kind == "scored") != ("spearman" in metrics) or (kind == "scored" and len(metrics) > 1):
+            raise ValueError(
+                f"gate: {', '.join(sorted(metrics))} cannot be measured on a source of kind '{kind}'. "
+                + ("Expected spearman alone" if kind == "scored" else "spearman is for scored pairs")
+            )
+        if self.hub is not None and self.hub.reranker is not None and self.reranker is None:
+            raise ValueError("hub.reranker: this pipeline has no reranker")
+        return self
+
+    @model_validator(mode="after")
+    def _losses_fit_their_sources(self) -> PipelineSettings:
+        cached = self.embedder.sub_batch_size is not None
+        if problem := self.embedder.problem_with(self.source.kind, cached):
+            raise ValueError(f"embedder.loss: {problem}")
+        if self.reranker is not None:
+            told = self.reranker
+            if problem := _reranker_loss_problem(told.loss, told.loss_arguments, self.source.kind):
+                raise ValueError(f"reranker.loss: {problem}")
+        names = [extra.name for extra in self.extra_sources]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"extra_sources: two are called '{min(repeated)}'; give each a name of its own")
+        for extra in self.extra_sources:
+            where = f"extra_sources: {extra.name}"
+            if problem := extra.problem_with(extra.kind, cached):
+                raise ValueError(f"{where}: {problem}")
+            if extra.reranker_loss is not None and self.reranker is None:
+                raise ValueError(f"{where}: `reranker_loss` is given, but the pipeline has no reranker")
+            for engine, loss in ((self.embedder.engine, extra.loss), (self._reranker_engine, extra.reranker_loss)):
+                if engine == "flag-embedding" and (loss is not None or extra.kind in EXAMPLE_KINDS):
+                    raise ValueError(
+                        f"{where}: engine flag-embedding has one loss and learns from retrieval kinds only. Choose "
+                        "engine sentence-transformers, or leave the loss out and bring pairs, triplets or beir"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_are_there(self) -> PipelineSettings:
+        """What learns a teacher's scores needs mining.cross_encoder, or a source that brings them."""
+        if self.mining.cross_encoder is not None:
+            return self
+        sources = [("embedder.loss", self.embedder.loss_for(self.source.kind), EMBEDDER_LOSSES, self.source)]
+        if self.reranker is not None:
+            sources.append(("reranker.loss", self.reranker.loss, RERANKER_LOSSES, self.source))
+        for extra in self.extra_sources:
+            sources.append((f"extra_sources: {extra.name}", extra.loss_for(extra.kind), EMBEDDER_LOSSES, extra))
+            if extra.reranker_loss is not None:
+                sources.append((f"extra_sources: {extra.name}", extra.reranker_loss, RERANKER_LOSSES, extra))
+        for where, name, losses, source in sources:
+            if source.is_retrieval and "teacher_scores" in losses[name].needs and source.kind != "flag-embedding":
+                raise ValueError(
+                    f"{where}: {name} learns a teacher's scores. Name the teacher under mining.cross_encoder, or bring "
+                    "a source of kind flag-embedding with pos_scores and neg_scores"
+                )
+        for stage in ("embedder", "reranker"):
+            told = getattr(self, stage)
+            if told is not None and told.knowledge_distillation and self.source.kind != "flag-embedding":
+                raise ValueError(
+                    f"{stage}.knowledge_distillation: name the teacher under mining.cross_encoder, or bring a source "
+                    "of kind flag-embedding with pos_scores and neg_scores"
+                )
+        return self
+
+    @property
+    def _reranker_engine(self) -> Engine | None:
+        return self.reranker.engine if self.reranker is not None else None
+
     @model_validator(mode="after")
     def _enough_negatives(self) -> PipelineSettings:
         needed, mined = self.embedder.train_group_size - 1, self.mining.num_negatives
-        if needed > mined:
+        if self.source.is_retrieval and needed > mined:
             raise ValueError(
                 f"embedder.train_group_size ({self.embedder.train_group_size}) takes {needed} negatives a query, but "
                 f"mining.num_negatives is {mined}: they would repeat. Raise mining.num_negatives or lower "
@@ -619,7 +933,7 @@ def smoke_test_of(settings: PipelineSettings) -> PipelineSettings:
     small = {
         "mining": _capped(settings.mining, {"top_k": settings.mining.range_min + 20}),
         "embedder": _capped(settings.embedder, {**training, "dev_passages": 100}),
-        "reranker": _capped(settings.reranker, training),
+        "reranker": _capped(settings.reranker, training) if settings.reranker is not None else None,
         "evaluation": _capped(settings.evaluation, {"rerank_top_k": 5, "rerank_queries": 10, "bootstrap_samples": 200}),
         "forgetting": {**settings.forgetting.model_dump(), "guards": guards, "coefficients": [0.5]},
         "tracking": {
@@ -640,6 +954,10 @@ def _capped(settings: Settings, most: dict[str, int]) -> dict[str, Any]:
     """The settings with each number lowered to what it may be at most; unset means without a limit."""
     given = settings.model_dump()
     return {**given, **{key: cap if given[key] is None else min(given[key], cap) for key, cap in most.items()}}
+
+
+def _kind_of(source: Any) -> Any:
+    return source.get("kind") if isinstance(source, dict) else getattr(source, "kind", None)
 
 
 def _is_hex(value: str | None, digits: int) -> bool:

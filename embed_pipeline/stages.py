@@ -604,7 +604,7 @@ def _mining_told(pipeline: Pipeline, mining: MiningSettings) -> dict[str, Any]:
 
 
 def _veto_digest(pipeline: Pipeline) -> dict[str, str]:
-    veto = pipeline.settings.mining.veto
+    veto = pipeline.settings.mining.cross_encoder
     return {} if veto is None else {"veto": weights_digest(locate(veto.model, pipeline.folder))}
 
 
@@ -629,11 +629,11 @@ def _mine(pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: Minin
     from embed_pipeline.models.reranker import Reranker
 
     veto = None
-    if settings.veto is not None:
-        source = settings.veto.model
+    if settings.cross_encoder is not None:
+        source = settings.cross_encoder.model
         veto = Reranker(
             locate(source, pipeline.folder),
-            max_length=settings.veto.max_length,
+            max_length=settings.cross_encoder.max_length,
             precision=pipeline.settings.encode_precision,
             trust_remote_code=source.trust_remote_code,
         )

@@ -10,6 +10,12 @@ import pyarrow.parquet as pq
 
 SPLITS = ("train", "dev", "test")
 
+
+def extra_folder(folder: Path, source: str) -> Path:
+    """Where raw_pairs, cleaned_pairs and hard_negatives keep the tables of one extra source, named as their own."""
+    return folder / "extra" / source
+
+
 # --- raw_pairs: one row per delivered row, whatever file it came from ------------------------------------
 RAW_FILE = "raw_pairs.parquet"
 RAW = pa.schema(
@@ -24,6 +30,20 @@ RAW = pa.schema(
         pa.field("passage", pa.string()),
         pa.field("negative", pa.string()),
         pa.field("relevance", pa.float64()),
+        pa.field("teacher_score", pa.float64()),  # a cross-encoder's, where the rows came with one
+        pa.field("document_id", pa.string()),
+        pa.field("split", pa.string()),
+    ]
+)
+RAW_EXAMPLES_FILE = "raw_examples.parquet"  # of a scored, labelled or parallel source
+RAW_EXAMPLES = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("row_number", pa.int64(), nullable=False),
+        pa.field("sentence1", pa.string()),
+        pa.field("sentence2", pa.string()),
+        pa.field("score", pa.float64()),  # as delivered
+        pa.field("label", pa.string()),
         pa.field("document_id", pa.string()),
         pa.field("split", pa.string()),
     ]
@@ -55,6 +75,30 @@ QRELS = pa.schema(
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("passage_id", pa.string(), nullable=False),
         pa.field("relevance", pa.float64(), nullable=False),  # > 0 positive, 0 judged as not relevant
+        pa.field("teacher_score", pa.float64()),
+    ]
+)
+EXAMPLES_FILE = "examples.parquet"  # of a scored, labelled or parallel source, instead of the three tables above
+EXAMPLES = pa.schema(
+    [
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("sentence1", pa.string(), nullable=False),
+        pa.field("sentence2", pa.string()),  # null for labelled texts that stand alone
+        pa.field("score", pa.float64()),  # scored: 0..1
+        pa.field("label", pa.string()),  # labelled: the class as delivered
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("group_id", pa.string(), nullable=False),
+    ]
+)
+REJECTED_EXAMPLES_FILE = "rejected_examples.parquet"
+REJECTED_EXAMPLES = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("row_number", pa.int64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),
+        pa.field("sentence1", pa.string()),
+        pa.field("sentence2", pa.string()),
     ]
 )
 WITHHELD_FILE = "withheld.parquet"  # known to be relevant, yet not to be trained or measured on: never a negative
@@ -97,6 +141,9 @@ HARD_NEGATIVES = pa.schema(
         pa.field("positive_scores", pa.list_(pa.float32()), nullable=False),
         pa.field("negative_scores", pa.list_(pa.float32()), nullable=False),
         pa.field("negative_origins", pa.list_(pa.string()), nullable=False),  # mined | given | random
+        # Logits of mining's cross-encoder, else what the rows came with; null where a text of the query has none.
+        pa.field("positive_teacher_scores", pa.list_(pa.float32())),
+        pa.field("negative_teacher_scores", pa.list_(pa.float32())),
     ]
 )
 REFUSED_FILE = "refused.parquet"

@@ -61,10 +61,10 @@ def mine(
     negative teaches nothing about its question.
 
     Raises ArtifactError when `cleaned` is incomplete or holds no such query, ModelError when an embedding is not
-    finite, ValueError when `veto` and `settings.veto` are not given together.
+    finite, ValueError when `veto` and `settings.cross_encoder` are not given together.
     """
-    if (veto is None) != (settings.veto is None):
-        raise ValueError("`veto` (the model) and `settings.veto` (its limits) go together")
+    if (veto is None) != (settings.cross_encoder is None):
+        raise ValueError("`veto` (the model) and `settings.cross_encoder` (its limits) go together")
     collection = load_collection(cleaned, splits)
     if not len(collection.query_ids):
         raise ArtifactError(
@@ -126,8 +126,8 @@ class _Veto:
         self.best = best
 
     def __call__(self, query: np.ndarray, passage: np.ndarray) -> np.ndarray:
-        assert self.settings.veto is not None
-        return self._scores(query, passage) > self.settings.veto.max_score_ratio * self.best[query]
+        assert self.settings.cross_encoder is not None
+        return self._scores(query, passage) > self.settings.cross_encoder.max_score_ratio * self.best[query]
 
     def _scores(self, query: np.ndarray, passage: np.ndarray) -> np.ndarray:
         pairs = [

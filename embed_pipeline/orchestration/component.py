@@ -76,7 +76,7 @@ def _check_local_models(settings: PipelineSettings, folder: Path) -> None:
     sources = {
         "embedder.base_model": settings.embedder.base_model,
         "reranker.base_model": settings.reranker.base_model,
-        "mining.veto.model": settings.mining.veto.model if settings.mining.veto else None,
+        "mining.cross_encoder.model": settings.mining.cross_encoder.model if settings.mining.cross_encoder else None,
     }
     for key, source in sources.items():
         if isinstance(source, ModelSource) and source.hub is None:

@@ -89,6 +89,20 @@ def test_a_command_in_the_code_locations_container_is_recorded_as_well(deployed:
     assert run["status"] == "SUCCESS"
 
 
+def test_a_command_in_the_daemons_container_queues_a_run(deployed: StartedServices) -> None:
+    webserver = Webserver(deployed.address("webserver"))
+    before = {run["runId"] for run in webserver.runs()}
+
+    done = deployed.execute(
+        "daemon", ["dagster", "job", "launch", "--workspace", "workspace.yaml", "--job", "asked_ingest"]
+    )
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run_id,) = {run["runId"] for run in webserver.runs()} - before
+    assert webserver.wait_until_finished(run_id, RUN_SECONDS) == "SUCCESS", webserver.told(run_id)
+    assert "RunEnqueuedEvent" in {event["__typename"] for event in webserver.events(run_id)}
+
+
 def test_mlflow_answers_the_code_location_and_this_machine_alone(deployed: StartedServices) -> None:
     def answer(host: str) -> int:
         try:
@@ -113,14 +127,18 @@ def test_each_service_reaches_its_own_database_alone(deployed: StartedServices) 
     assert allowed == ["dagster|dagster|t", "dagster|mlflow|f", "mlflow|dagster|f", "mlflow|mlflow|t"]
 
 
-def test_a_pipeline_that_does_not_load_is_told_in_the_ui(start: Start) -> None:
-    with start({"broken": {"source": {"path": "raw/nothing.parquet"}}}) as deployed:
-        told = Webserver(deployed.address("webserver")).ask(
-            """{ workspaceOrError { ... on Workspace { locationEntries {
-                    locationOrLoadError { ... on PythonError { message errorChain { error { message } } } } } } } }"""
-        )
+def test_an_edited_pipeline_is_taken_up_by_a_reload_and_a_mistake_in_it_is_told(deployed: StartedServices) -> None:
+    webserver = Webserver(deployed.address("webserver"))
+    definition = deployed.folder / "pipelines" / "asked" / "defs.yaml"
+    written = definition.read_text()
 
-    assert "nothing.parquet" in str(told)
+    try:
+        definition.write_text(written.replace("raw/*.parquet", "raw/nothing.parquet"))
+        assert "nothing.parquet" in webserver.reload()
+    finally:
+        definition.write_text(written)
+        told = webserver.reload()
+    assert told == ""
 
 
 def test_configuration_of_one_machine_is_found_again_in_the_volumes(deployed: StartedServices) -> None:

@@ -44,6 +44,21 @@ class Webserver:
         assert "run" in told, told
         return str(told["run"]["runId"])
 
+    def reload(self) -> str:
+        """Load the code location's definitions again, as the UI's button does; returns what hindered it, or nothing."""
+        told = self.ask(
+            """mutation {
+                reloadRepositoryLocation(repositoryLocationName: "embed_pipeline") {
+                    ... on WorkspaceLocationEntry {
+                        locationOrLoadError { ... on PythonError { message causes { message } } }
+                    }
+                    ... on Error { message }
+                }
+            }"""
+        )["reloadRepositoryLocation"]
+        problem = told.get("locationOrLoadError", told)
+        return "\n".join([problem["message"], *(cause["message"] for cause in problem["causes"])]) if problem else ""
+
     def terminate(self, run_id: str) -> None:
         told = self.ask(
             "mutation ($id: String!) { terminateRun(runId: $id) { __typename ... on Error { message } } }", id=run_id
