@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from embed_pipeline.tables import (
+    EXAMPLES,
+    EXAMPLES_FILE,
     PASSAGES,
     PASSAGES_FILE,
     QRELS,
@@ -81,9 +83,28 @@ def write_cleaned(
     }
     names = ("query_id", "passage_id", "relevance")
     qrel_rows = {name: [row[i] for row in qrels] for i, name in enumerate(names)}
+    qrel_rows["teacher_score"] = [None] * len(qrels)
     write(pa.table(query_rows, schema=QUERIES), QUERIES, folder / QUERIES_FILE)
     write(pa.table(passage_rows, schema=PASSAGES), PASSAGES, folder / PASSAGES_FILE)
     write(pa.table(qrel_rows, schema=QRELS), QRELS, folder / QRELS_FILE)
     pairs = [{"query_id": query_id, "passage_id": passage_id} for query_id, passage_id in withheld]
     write(pa.Table.from_pylist(pairs, schema=WITHHELD), WITHHELD, folder / WITHHELD_FILE)
+    return folder
+
+
+def write_examples(
+    folder: Path,
+    rows: Sequence[tuple[str, str | None, float | None, str | None]],
+    *,
+    splits: Sequence[str] = ("test",),
+) -> Path:
+    """(sentence1, sentence2, score, label) rows of an example kind, all of them in each of `splits`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("sentence1", "sentence2", "score", "label")
+    examples = [
+        {"example_id": f"{split}{i:04}", "split": split, "group_id": str(i), **dict(zip(names, row, strict=True))}
+        for split in splits
+        for i, row in enumerate(rows)
+    ]
+    write(pa.Table.from_pylist(examples, schema=EXAMPLES), EXAMPLES, folder / EXAMPLES_FILE)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -130,6 +131,13 @@ class Embedder:
         """(n,) texts (see `tables.passage_text`) -> (n, dimension) float32, unit rows."""
         return self._encode(texts, "document", progress)
 
+    def encode_sentences(self, texts: Sequence[str], *, progress: bool = True) -> np.ndarray:
+        """(n,) texts that are neither -> (n, dimension) float32, unit rows: without a prompt, up to the longer length.
+
+        How pairs of sentences are compared, in training as well.
+        """
+        return self._encode(texts, "sentence", progress)
+
     def _encode(self, texts: Sequence[str], task: str, progress: bool) -> np.ndarray:
         cached = self._cache_file(texts, task) if self.cache_folder is not None else None
         if cached is not None and cached.is_file():
@@ -137,12 +145,17 @@ class Embedder:
         logger.info(
             "encoding %d %s in %s on %s",
             len(texts),
-            "queries" if task == "query" else "passages",
+            {"query": "queries", "document": "passages", "sentence": "sentences"}[task],
             self.precision,
             self.device,
         )
         started = time.monotonic()
-        encode = self.model.encode_query if task == "query" else self.model.encode_document
+        encode: Any = {
+            "query": self.model.encode_query,
+            "document": self.model.encode_document,
+            # A model may have a prompt for every text; none is asked for here.
+            "sentence": functools.partial(self.model.encode, prompt=""),
+        }[task]
         with autocast(self.precision, self.device):
             # SentenceTransformer.encode sorts by length itself, so short texts are not padded to long ones.
             embeddings = encode(
