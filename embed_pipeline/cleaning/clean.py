@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import duckdb
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 
 from embed_pipeline.cleaning import reasons
 from embed_pipeline.cleaning.answers import Answers, look_for_answers, refuse_missing
+from embed_pipeline.cleaning.elsewhere import CleanedSource, reject_elsewhere
 from embed_pipeline.cleaning.normalise import create_macros
 from embed_pipeline.cleaning.overlap import reject_overlaps
 from embed_pipeline.cleaning.rows import (
@@ -47,6 +49,8 @@ from embed_pipeline.tables import (
 MEMORY_LIMIT = "4GB"  # of DuckDB; beyond it, tables spill to the output's disk
 BATCH_ROWS = 20_000
 
+# Rows dropped for these say nothing against their passages, which stay in the corpus.
+_LEAKS = (reasons.SPLIT_LEAK, reasons.OVERLAP_LEAK, reasons.HELD_OUT_ELSEWHERE, reasons.TRAINED_ON_ELSEWHERE)
 
 _POSITIVES_WITH_THEIR_QUERY = """
     WITH asked AS (SELECT query_id, array_to_string(words(query), ' ') AS query FROM out_queries),
@@ -82,9 +86,12 @@ class CleaningReport(BaseModel):
     delivered_splits: list[str]  # splits that came with the rows; the others were cut from train
     split_leaks: int
     overlap_leaks: int
+    elsewhere_leaks: int  # rows that another source of the pipeline holds out, or trains on
 
 
-def clean(raw_file: Path, settings: CleaningSettings, seed: int, out: Path) -> CleaningReport:
+def clean(
+    raw_file: Path, settings: CleaningSettings, seed: int, out: Path, *, before: Sequence[CleanedSource] = ()
+) -> CleaningReport:
     """Clean `raw_file` (schema `tables.RAW`) into the parquet tables of cleaned_pairs in `out` (see `tables`).
 
     The same rows, settings and seed give the same bytes. A row is kept when its judgement (pair, triplet, judgement),
@@ -98,6 +105,9 @@ def clean(raw_file: Path, settings: CleaningSettings, seed: int, out: Path) -> C
 
     What is known of a query is known of its other spellings (letter case, punctuation, width, spaces), which stay
     queries of their own. They stand in one split, and so do queries of the same words in another order.
+
+    `before`: sources that were cleaned before; nothing that one of them trains on is held out here, and the other way
+    round. That may leave dev or test without a query.
 
     Raises CleaningError where nothing is left of a split, too many of its answers are missing, or the splits cannot be
     kept apart.
@@ -131,6 +141,10 @@ def clean(raw_file: Path, settings: CleaningSettings, seed: int, out: Path) -> C
             reject_overlaps(connection, settings.split)
             reject_queries_without_positive(connection)
             _refuse_empty(connection, settings, [*SPLITS])
+            if before:
+                reject_elsewhere(connection, before)
+                reject_queries_without_positive(connection)
+                _refuse_empty(connection, settings, [])
             group_queries(connection)
             _create_results(connection)
             _check_accounting(connection)
@@ -170,7 +184,10 @@ def _create_results(connection: duckdb.DuckDBPyConnection) -> None:
            GROUP BY query_id"""
     )
     connection.execute(
-        "CREATE TABLE out_qrels AS SELECT query_id, passage_id, max(relevance) AS relevance FROM judged GROUP BY ALL"
+        """CREATE TABLE out_qrels AS
+           SELECT query_id, passage_id, max(relevance) AS relevance,
+               arg_max(teacher_score, (relevance, -row)) AS teacher_score
+           FROM judged GROUP BY query_id, passage_id"""
     )
     connection.execute(
         f"""CREATE TABLE out_passages AS
@@ -182,7 +199,7 @@ def _create_results(connection: duckdb.DuckDBPyConnection) -> None:
                 SELECT passage_id FROM out_qrels
                 UNION ALL SELECT passage_id FROM mentions SEMI JOIN live USING (row) WHERE kind = 'passage'
                 UNION ALL SELECT unnest([passage_id, negative_id]) FROM judgements JOIN rejections USING (row)
-                WHERE reason IN ('{reasons.SPLIT_LEAK}', '{reasons.OVERLAP_LEAK}')
+                WHERE reason IN {_LEAKS}
             )"""
     )
     connection.execute(
@@ -284,6 +301,7 @@ def _report(connection: duckdb.DuckDBPyConnection, delivered: list[str], answers
         delivered_splits=delivered,
         split_leaks=by_reason.get(reasons.SPLIT_LEAK, 0),
         overlap_leaks=by_reason.get(reasons.OVERLAP_LEAK, 0),
+        elsewhere_leaks=sum(by_reason.get(r, 0) for r in (reasons.HELD_OUT_ELSEWHERE, reasons.TRAINED_ON_ELSEWHERE)),
     )
 
 

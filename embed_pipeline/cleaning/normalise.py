@@ -32,9 +32,15 @@ _MACROS = (
     r"""folded(t) AS coalesce(nullif(trim(regexp_replace(casefolded(regexp_replace(t, '[\p{Sk}\x{2BC}]', ' ', 'g')),
         '[^\p{L}\p{N}\p{M}\p{S}#]+', ' ', 'g')), ''), casefolded(t))""",
     "letters(f) AS replace(f, ' ', '')",
+    rf"""sorted_words(f) AS array_to_string(list_sort(string_split(
+        trim(regexp_replace(regexp_replace(f, '([{_UNSPACED}])', ' \1 ', 'g'), ' +', ' ', 'g')), ' ')), ' ')""",
     # Of a folded query: however its words are spaced and hyphenated ("log in", "login"), and in any order of them.
-    rf"""query_keys(f) AS list_distinct([letters(f), array_to_string(list_sort(string_split(
-        trim(regexp_replace(regexp_replace(f, '([{_UNSPACED}])', ' \1 ', 'g'), ' +', ' ', 'g')), ' ')), ' ')])""",
+    "query_keys(f) AS list_distinct([letters(f), sorted_words(f)])",
+    # The same, short whatever the length; and of two folded texts, in either order.
+    "text_keys(f) AS list_transform(query_keys(f), lambda key: md5(key))",
+    "pair_key(a, b) AS md5(least(a, b) || chr(0) || greatest(a, b))",
+    """pair_keys(a, b) AS list_distinct(
+        [pair_key(letters(a), letters(b)), pair_key(sorted_words(a), sorted_words(b))])""",
     rf"words(t) AS regexp_extract_all(casefolded(t), '{_WORD}')",
     "passage_text(title, t) AS CASE WHEN title IS NULL THEN t ELSE title || ' ' || t END",
     "short_hash(t) AS sha256(t)[:16]",

@@ -22,7 +22,16 @@ CONTRADICTION = "contradiction"
 DUPLICATE = "duplicate"
 SPLIT_LEAK = "split_leak"
 OVERLAP_LEAK = "overlap_leak"
+HELD_OUT_ELSEWHERE = "held_out_elsewhere"
+TRAINED_ON_ELSEWHERE = "trained_on_elsewhere"
 QUERY_WITHOUT_POSITIVE = "query_without_positive"
+# Of scored, labelled and parallel sources.
+EMPTY_SENTENCE = "null_or_empty_sentence"
+SENTENCE_TOO_SHORT = "sentence_too_short"
+SENTENCE_TOO_LONG = "sentence_too_long"
+MISSING_LABEL = "missing_label"
+INVALID_SCORE = "invalid_score"
+SCORE_OUT_OF_RANGE = "score_out_of_range"
 
 REASONS = {
     MISSING_ID: "a corpus, queries or qrels row without its id",
@@ -45,6 +54,24 @@ REASONS = {
     DUPLICATE: "the same query and passage again, word for word or through a near-duplicate",
     SPLIT_LEAK: "shares its query, document or near-duplicate cluster with a split that goes before (test, dev, train)",
     OVERLAP_LEAK: "its passage repeats too much of a passage that dev or test ask for",
+    HELD_OUT_ELSEWHERE: "a train row with a question or positive that a source named before holds out for dev or test",
+    TRAINED_ON_ELSEWHERE: "a dev or test row with a question or positive that a source named before trains on",
     QUERY_WITHOUT_POSITIVE: "nothing answers the query (any more)",
 }
 """Reason -> what it means, in the order in which rows are looked at."""
+
+EXAMPLE_REASONS = {
+    EMPTY_SENTENCE: "a sentence is null, or nothing is visible in it",
+    SENTENCE_TOO_SHORT: "fewer characters than `passage_min_characters`",
+    SENTENCE_TOO_LONG: "more characters than `passage_max_characters`",
+    MISSING_LABEL: "no label",
+    INVALID_SCORE: "the score is null, NaN or infinite",
+    SCORE_OUT_OF_RANGE: "the score lies outside `score_range` (0 to 1 where it is not set)",
+    INVALID_SPLIT: REASONS[INVALID_SPLIT],
+    CONTRADICTION: "the same sentences with another score or label in another row of the split; all of them go",
+    DUPLICATE: "the same sentences again (letter case, punctuation and width aside)",
+    SPLIT_LEAK: "shares its sentences, or its document, with a split that goes before (test, dev, train)",
+    HELD_OUT_ELSEWHERE: "a train row with sentences that a source named before holds out for dev or test",
+    TRAINED_ON_ELSEWHERE: "a dev or test row with sentences that a source named before trains on",
+}
+"""The same for scored, labelled and parallel sources."""

@@ -6,8 +6,8 @@ Each function takes the connection that `clean` works on and leaves tables in it
     rejections  row, reason, detail; `live` is the view of the rows that are not in it
     mentions    every place where a live row names a passage, with its canonical `passage_id`
     spellings   query_id; folded, its words but for letter case, punctuation and width; letters, those without spaces
-    stated      row, query_id, passage_id, negative_id (triplets), relevance, split: what every row that names a known
-                query and passage says of them, rejected or not
+    stated      row, query_id, passage_id, negative_id (triplets), relevance, split, teacher_score: what every row that
+                names a known query and passage says of them, rejected or not
     judgements  `stated` of the rows that were live, and the ids the row's own texts had before near-duplicates were
                 merged; `judged` is the view of what stands, a row each judgement
     passages    passage_id, title, text; passage_clusters: passage_id -> cluster_id
@@ -49,6 +49,7 @@ def load_rows(connection: Connection, raw_file: Path) -> None:
                 nullif(trim(query_id), '') AS query_id, one_line(query) AS query,
                 nullif(trim(passage_id), '') AS passage_id, one_line(title) AS title,
                 lines(passage) AS passage, lines(negative) AS negative, relevance,
+                CASE WHEN isfinite(teacher_score) THEN teacher_score END AS teacher_score,
                 nullif(trim(document_id), '') AS document_id, split AS delivered_split,
                 CASE lower(trim(coalesce(split, '')))
                     WHEN '' THEN 'train' WHEN 'train' THEN 'train'
@@ -192,11 +193,12 @@ def resolve_judgements(connection: Connection) -> None:
     connection.execute(
         """CREATE VIEW stated AS
            SELECT row, q.id AS query_id, p.id AS passage_id, n.id AS negative_id,
-               CASE WHEN coalesce(relevance, 1.0) > 0 THEN coalesce(relevance, 1.0) ELSE 0.0 END AS relevance, split
+               CASE WHEN coalesce(relevance, 1.0) > 0 THEN coalesce(relevance, 1.0) ELSE 0.0 END AS relevance, split,
+               teacher_score
            FROM rows r JOIN query_names q ON q.hash = query_hash JOIN passage_names p ON p.hash = passage_hash
            LEFT JOIN passage_names n ON n.hash = negative_hash WHERE kind IN ('pair', 'triplet')
            UNION ALL
-           SELECT row, q.id, p.id, NULL, greatest(relevance, 0.0), split
+           SELECT row, q.id, p.id, NULL, greatest(relevance, 0.0), split, teacher_score
            FROM rows r JOIN query_ids q ON q.own_id = r.query_id JOIN passage_ids p ON p.own_id = r.passage_id
            WHERE kind = 'judgement'"""
     )
@@ -207,8 +209,8 @@ def resolve_judgements(connection: Connection) -> None:
     connection.execute(
         """CREATE VIEW judged AS
            WITH standing AS (SELECT * FROM judgements WHERE row NOT IN (SELECT row FROM rejections))
-           SELECT row, query_id, passage_id, relevance, split FROM standing
-           UNION ALL SELECT row, query_id, negative_id, 0.0, split FROM standing WHERE negative_id IS NOT NULL"""
+           SELECT row, query_id, passage_id, relevance, split, teacher_score FROM standing
+           UNION ALL SELECT row, query_id, negative_id, 0.0, split, NULL FROM standing WHERE negative_id IS NOT NULL"""
     )
 
 
@@ -234,7 +236,8 @@ def reject_duplicates(connection: Connection) -> None:
         """SELECT row, 'query ' || query_id || ' and passage ' || passage_id AS detail FROM judgements
            WHERE row NOT IN (SELECT row FROM rejections)
            QUALIFY row_number() OVER (
-               PARTITION BY query_id, passage_id, negative_id, split ORDER BY relevance DESC, row) > 1""",
+               PARTITION BY query_id, passage_id, negative_id, split
+               ORDER BY relevance DESC, teacher_score IS NULL, row) > 1""",
     )
 
 

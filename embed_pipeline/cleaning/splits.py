@@ -66,7 +66,7 @@ def cut_missing_splits(connection: duckdb.DuckDBPyConnection, settings: SplitSet
     wanted = {split: share for split, share in shares.items() if share > 0 and split not in present}
     if not wanted or "train" not in present:
         return
-    queries, labels, keys = _groups(connection, "split = 'train'", seed)
+    queries, labels, keys = linked_groups(connection, "SELECT * FROM links WHERE split = 'train'", seed)
     sizes = np.bincount(labels)
     chosen = assign_groups(keys, sizes, wanted)
     if chosen is None:
@@ -108,7 +108,7 @@ def assign_groups(
 
 def group_queries(connection: duckdb.DuckDBPyConnection) -> None:
     """`query_groups`: query_id -> group_id (the smallest query_id linked to it), over the judgements that stand."""
-    queries, labels, _ = _groups(connection, "true", seed=0)
+    queries, labels, _ = linked_groups(connection, "FROM links", seed=0)
     ordered = sorted(range(len(queries)), key=lambda index: str(queries[index]))
     first: dict[int, Any] = {}
     for index in ordered:
@@ -119,10 +119,12 @@ def group_queries(connection: duckdb.DuckDBPyConnection) -> None:
     connection.unregister("found_groups")
 
 
-def _groups(
-    connection: duckdb.DuckDBPyConnection, where: str, seed: int
+def linked_groups(
+    connection: duckdb.DuckDBPyConnection, links: str, seed: int
 ) -> tuple[NDArray[np.object_], NDArray[np.int64], NDArray[np.float64]]:
-    """Connected components of queries and links: query ids, the component of each, each component's place on [0, 1).
+    """Connected components of queries and `links`, a query with the columns query_id, what, key.
+
+    Returns the query ids, the component of each, each component's place on [0, 1).
 
     The place is a hash of one member, the document (else the cluster) that hashes lowest, so it does not move when a
     group gains a query.
@@ -133,7 +135,7 @@ def _groups(
                 CASE what WHEN 'document' THEN 0 WHEN 'cluster' THEN 1 ELSE 2 END AS priority,
                 md5_number_lower($seed || ' ' || what || ' ' || key) AS rank,
                 md5_number_upper($seed || ' ' || what || ' ' || key) AS place
-            FROM (SELECT DISTINCT query_id, what, key FROM links WHERE {where}) ORDER BY query_index, link_index""",
+            FROM (SELECT DISTINCT query_id, what, key FROM ({links})) ORDER BY query_index, link_index""",
         params={"seed": str(seed)},
     ).to_arrow_table()
     found = {name: np.asarray(table[name]) for name in table.column_names}

@@ -92,7 +92,7 @@ def _watching(pipeline: Pipeline) -> dg.SensorDefinition:
     )
     def raw_files(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         before = Memory.model_validate_json(context.cursor) if context.cursor else Memory()
-        look = look_again(before, pipeline.settings.source, pipeline.folder, raw_rows_read(pipeline))
+        look = look_again(before, pipeline.settings.sources, pipeline.folder, raw_rows_read(pipeline))
         if look.request is None:
             return _rested(look)
         if run := _unfinished_run(context.instance, pipeline, [dg.AssetKey([name, "raw_pairs"])]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from embed_pipeline.settings import SourceSettings
 
 Key = Literal["path", "corpus", "queries", "qrels", "extra_corpus"]
 KEYS: tuple[Key, ...] = ("path", "corpus", "queries", "qrels", "extra_corpus")
-PARQUET = ".parquet"
+PARQUET, JSONL = ".parquet", ".jsonl"
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,21 @@ class SourceFile:
     path: Path
 
 
+def check_all(sources: Sequence[SourceSettings], yaml_folder: Path, *, unattended: bool = False) -> None:
+    """`check_sources` for each, and that no script's folder is replaced by the script of another."""
+    built: dict[Path, SourceSettings] = {}
+    for source in sources:
+        check_sources(source, yaml_folder, unattended=unattended)
+        if source.script_output is None or source.script is None:
+            continue
+        other = built.setdefault((yaml_folder / source.script_output).resolve(), source)
+        if other.script != source.script:
+            raise ConfigurationError(
+                f"{source.where}.script_output and {other.where}.script_output are both {source.script_output}: each "
+                "script would replace what the other built. Give each a folder of its own"
+            )
+
+
 def check_sources(settings: SourceSettings, yaml_folder: Path, *, unattended: bool = False) -> None:
     """Every path, glob and folder must match a file now, unless `script` will build it.
 
@@ -32,14 +48,14 @@ def check_sources(settings: SourceSettings, yaml_folder: Path, *, unattended: bo
     """
     if settings.script is not None and not (yaml_folder / settings.script).is_file():
         raise ConfigurationError(
-            f"source.script: no file at {yaml_folder / settings.script}. Give the path of a Python script, relative to "
-            "the YAML file"
+            f"{settings.where}.script: no file at {yaml_folder / settings.script}. Give the path of a Python script, "
+            "relative to the YAML file"
         )
     for key, pattern in _patterns(settings):
         if _will_be_built(settings, yaml_folder, pattern):
             continue
         if not (unattended and _folder(yaml_folder / pattern).is_dir()):
-            _find(key, pattern, yaml_folder)
+            _find(settings, key, pattern, yaml_folder)
 
 
 def source_files(settings: SourceSettings, yaml_folder: Path) -> list[SourceFile]:
@@ -49,14 +65,14 @@ def source_files(settings: SourceSettings, yaml_folder: Path) -> list[SourceFile
     they are the same on every machine. Raises ConfigurationError where a pattern matches nothing or two keys name the
     same file.
     """
-    found = [file for key, pattern in _patterns(settings) for file in _find(key, pattern, yaml_folder)]
+    found = [file for key, pattern in _patterns(settings) for file in _find(settings, key, pattern, yaml_folder)]
     keys: dict[Path, SourceFile] = {}
     for file in found:
         other = keys.setdefault(file.path.resolve(), file)
         if other is not file:
             raise ConfigurationError(
-                f"source.{file.key} and source.{other.key} both name {file.path}: its rows would be read twice. "
-                "Narrow one of the two patterns"
+                f"{settings.where}.{file.key} and {settings.where}.{other.key} both name {file.path}: its rows would "
+                "be read twice. Narrow one of the two patterns"
             )
     return found
 
@@ -65,39 +81,44 @@ def _patterns(settings: SourceSettings) -> list[tuple[Key, str]]:
     return [(key, pattern) for key in KEYS if (pattern := getattr(settings, key)) is not None]
 
 
-def _find(key: Key, pattern: str, yaml_folder: Path) -> list[SourceFile]:
+def _suffix(settings: SourceSettings, key: Key) -> str:
+    return JSONL if settings.kind == "flag-embedding" and key == "path" else PARQUET
+
+
+def _find(settings: SourceSettings, key: Key, pattern: str, yaml_folder: Path) -> list[SourceFile]:
+    where, suffix = f"{settings.where}.{key}", _suffix(settings, key)
     if "://" in pattern:
         raise ConfigurationError(
-            f"source.{key}: found '{pattern}', expected a local path. Copy the files, or mount the store they lie in"
+            f"{where}: found '{pattern}', expected a local path. Copy the files, or mount the store they lie in"
         )
     place = yaml_folder / pattern
     if place.is_file():
         return [SourceFile(key, Path(pattern).as_posix(), place)]
-    wanted = f"{glob.escape(pattern.rstrip('/'))}/**/*{PARQUET}" if place.is_dir() else pattern
+    wanted = f"{glob.escape(pattern.rstrip('/'))}/**/*{suffix}" if place.is_dir() else pattern
     # Path.glob knows neither absolute patterns nor `..`.
     names = sorted(glob.glob(wanted, root_dir=yaml_folder, recursive=True))  # noqa: PTH207
-    parquet = [name for name in names if name.endswith(PARQUET) and (yaml_folder / name).is_file()]
-    if not parquet:
-        raise ConfigurationError(f"source.{key}: {_why_nothing(place, names)}")
-    return [SourceFile(key, Path(name).as_posix(), yaml_folder / name) for name in parquet]
+    files = [name for name in names if name.endswith(suffix) and (yaml_folder / name).is_file()]
+    if not files:
+        raise ConfigurationError(f"{where}: {_why_nothing(place, names, suffix)}")
+    return [SourceFile(key, Path(name).as_posix(), yaml_folder / name) for name in files]
 
 
 def _folder(place: Path) -> Path:
     """The part of a pattern before its first wildcard, without the file's name."""
-    while glob.has_magic(str(place)) or place.suffix == PARQUET:
+    while glob.has_magic(str(place)) or place.suffix in (PARQUET, JSONL):
         place = place.parent
     return place
 
 
-def _why_nothing(place: Path, matched: list[str]) -> str:
+def _why_nothing(place: Path, matched: list[str], suffix: str) -> str:
     if place.is_dir():
-        return f"the folder {place} holds no {PARQUET} file. Put the raw files there, or name another folder"
+        return f"the folder {place} holds no {suffix} file. Put the raw files there, or name another folder"
     if matched:
-        return f"{place} matches {len(matched)} file(s), none ending in {PARQUET} (first: {matched[0]})"
+        return f"{place} matches {len(matched)} file(s), none ending in {suffix} (first: {matched[0]})"
     if glob.has_magic(str(place)):
-        return f"no file matches {place}. Expected at least one {PARQUET} file; paths are relative to the YAML file"
+        return f"no file matches {place}. Expected at least one {suffix} file; paths are relative to the YAML file"
     return (
-        f"no such file or folder: {place}. Expected a {PARQUET} file, a folder of them or a glob, relative to the "
+        f"no such file or folder: {place}. Expected a {suffix} file, a folder of them or a glob, relative to the "
         "YAML file"
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from embed_pipeline.errors import SourceError
+from embed_pipeline.losses import EXAMPLE_KINDS
 from embed_pipeline.settings import ColumnSettings, SourceSettings
 from embed_pipeline.sources.check import Key, SourceFile
 
@@ -22,6 +23,7 @@ _EXPECTED = {
     "text": (TEXT_TYPES, "text"),
     "id": ((*TEXT_TYPES, *INTEGER_TYPES, "UUID"), "text or whole numbers"),
     "number": (NUMBER_TYPES, "numbers"),
+    "class": ((*TEXT_TYPES, *INTEGER_TYPES, "BOOLEAN"), "text or whole numbers"),
 }
 _HINTS = {
     "BLOB": "bytes without a text annotation; write the column as strings, e.g. pandas `df[c] = df[c].str.decode()`",
@@ -36,13 +38,42 @@ class Column:
 
     ours: str
     theirs: str
-    holds: str  # text | id | number
+    holds: str  # text | id | number | class
     required: bool
     setting: str  # the key of the YAML that names it
 
 
 def wanted_columns(settings: SourceSettings, key: Key) -> list[Column]:
     """The columns looked for in the files of one YAML key, in the order of the raw schema."""
+    return [replace(column, setting=f"{settings.where}.{column.setting}") for column in _wanted(settings, key)]
+
+
+def negative_columns(settings: SourceSettings, delivered: Mapping[str, str]) -> list[str]:
+    """The columns of a triplets file that hold negatives: `negative`, then `negative_1`, `negative_2`, ...
+
+    With none of them, `negative` alone, whose absence is told when it is looked for.
+    """
+    name = settings.columns.negative
+    numbered = {
+        int(found[1]): column for column in delivered if (found := re.fullmatch(rf"{re.escape(name)}_(\d+)", column))
+    }
+    several = [numbered[number] for number in sorted(numbered)]
+    return [name, *several] if name in delivered or not several else several
+
+
+def as_triplets(wanted: list[Column], negative: str) -> list[Column]:
+    """`wanted` of triplets with the negative from another column."""
+    return [replace(column, theirs=negative) if column.ours == "negative" else column for column in wanted]
+
+
+def as_further_negatives(wanted: list[Column], negative: str) -> list[Column]:
+    """What is read of a triplets file for a negative besides the first: pairs of the query and what does not answer."""
+    kept = [column for column in wanted if column.ours in ("query", "query_id", "split")]
+    (first,) = (column for column in wanted if column.ours == "negative")
+    return [*kept, replace(first, ours="passage", theirs=negative)]
+
+
+def _wanted(settings: SourceSettings, key: Key) -> list[Column]:
     if key == "extra_corpus":
         return _corpus(settings.extra_corpus_columns, "extra_corpus_columns", ids_required=False)
     named = settings.columns
@@ -52,6 +83,8 @@ def wanted_columns(settings: SourceSettings, key: Key) -> list[Column]:
         return [_one("query_id", named.query_id, "id", "query_id"), _one("query", named.text, "text", "text")]
     if key == "qrels":
         return _qrels(named)
+    if settings.kind in EXAMPLE_KINDS:
+        return _examples(named, settings.kind)
     positive = (named.passage, "passage") if settings.kind == "pairs" else (named.positive, "positive")
     columns = [
         _one("query", named.query, "text", "query"),
@@ -64,6 +97,23 @@ def wanted_columns(settings: SourceSettings, key: Key) -> list[Column]:
     if settings.kind == "triplets":
         return [*columns, _one("negative", named.negative, "text", "negative")]
     return [*columns, _optional(named, "title", "text"), _optional(named, "relevance", "number")]
+
+
+def _examples(named: ColumnSettings, kind: str) -> list[Column]:
+    second = _one("sentence2", named.sentence2 or "sentence2", "text", "sentence2")
+    judged = {
+        "scored": [_one("score", named.score, "number", "score")],
+        "labelled": [_one("label", named.label, "class", "label")],
+        "parallel": [],
+    }
+    return [
+        _one("sentence1", named.sentence1, "text", "sentence1"),
+        # A class may be given to a single text.
+        _optional(named, "sentence2", "text") if kind == "labelled" else second,
+        *judged[kind],
+        _optional(named, "document_id", "id"),
+        _optional(named, "split", "text"),
+    ]
 
 
 def _corpus(named: ColumnSettings, where: str, ids_required: bool) -> list[Column]:
@@ -86,14 +136,14 @@ def _qrels(named: ColumnSettings) -> list[Column]:
 
 
 def _one(ours: str, theirs: str, holds: str, key: str, where: str = "columns") -> Column:
-    return Column(ours, theirs, holds, required=True, setting=f"source.{where}.{key}")
+    return Column(ours, theirs, holds, required=True, setting=f"{where}.{key}")
 
 
 def _optional(named: ColumnSettings, ours: str, holds: str, where: str = "columns") -> Column:
     """Used if it is there; required once the YAML gives it another name than ours."""
     given: str | None = getattr(named, ours)
     required = given is not None and given != ColumnSettings.model_fields[ours].default
-    return Column(ours, given or ours, holds, required, setting=f"source.{where}.{ours}")
+    return Column(ours, given or ours, holds, required, setting=f"{where}.{ours}")
 
 
 def match_columns(file: SourceFile, delivered: Mapping[str, str], wanted: list[Column]) -> dict[str, str]:
@@ -104,6 +154,8 @@ def match_columns(file: SourceFile, delivered: Mapping[str, str], wanted: list[C
     """
     matched: dict[str, str] = {}
     for column in wanted:
+        if column.theirs == "query" and "query" not in delivered and "anchor" in delivered:
+            column = replace(column, theirs="anchor")  # sentence-transformers' name for it
         if column.theirs not in delivered:
             if column.required:
                 raise SourceError(_missing(file, delivered, column))

@@ -28,12 +28,12 @@ class FileState(BaseModel):
     modified_ns: int
 
 
-def look(settings: SourceSettings, yaml_folder: Path) -> tuple[FileState, ...]:
-    """The state of each raw file, in reading order; opens none.
+def look(sources: Sequence[SourceSettings], yaml_folder: Path) -> tuple[FileState, ...]:
+    """The state of each raw file of all sources, in reading order; opens none.
 
     Raises ConfigurationError where a path matches nothing, OSError where a file was removed in this very moment.
     """
-    return tuple(_state(file) for file in source_files(settings, yaml_folder))
+    return tuple(_state(file) for source in sources for file in source_files(source, yaml_folder))
 
 
 def state_digest(files: Sequence[FileState]) -> str:
@@ -42,7 +42,7 @@ def state_digest(files: Sequence[FileState]) -> str:
 
 
 def fingerprint(
-    settings: SourceSettings, yaml_folder: Path, known: Mapping[FileState, str] | None = None
+    sources: Sequence[SourceSettings], yaml_folder: Path, known: Mapping[FileState, str] | None = None
 ) -> list[Entry]:
     """One entry a raw file in reading order: `key`, `source` (its name), `bytes`, `sha256` of its content.
 
@@ -50,7 +50,7 @@ def fingerprint(
     where a path matches nothing, OSError where a file cannot be read.
     """
     entries: list[Entry] = []
-    for file in source_files(settings, yaml_folder):
+    for file in (file for source in sources for file in source_files(source, yaml_folder)):
         state = _state(file)
         digest = (known or {}).get(state)
         if digest is None:
@@ -65,14 +65,14 @@ def content_digest(entries: Sequence[Entry]) -> str:
     return hashlib.sha256(json.dumps([*entries], sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
-def refuse_changed(before: Sequence[Entry], settings: SourceSettings, yaml_folder: Path) -> None:
+def refuse_changed(before: Sequence[Entry], sources: Sequence[SourceSettings], yaml_folder: Path) -> None:
     """To be called when the files have been read: they must still be what `fingerprint` found `before`.
 
     Raises SourceError naming the files that were changed, added or removed meanwhile: rows that were read from them
     belong to neither content.
     """
     try:
-        after = fingerprint(settings, yaml_folder)
+        after = fingerprint(sources, yaml_folder)
     except (ConfigurationError, FileNotFoundError):
         after = []
     if after == [*before]:

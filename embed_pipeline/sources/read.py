@@ -1,32 +1,45 @@
-"""The user's parquet files -> one raw table, every row with its origin."""
+"""The user's files -> one raw table a source, every row with its origin."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from embed_pipeline.errors import SourceError
-from embed_pipeline.settings import SourceSettings
+from embed_pipeline.errors import ConfigurationError, SourceError
+from embed_pipeline.losses import EXAMPLE_KINDS
+from embed_pipeline.settings import EncodingSettings, SourceSettings
+from embed_pipeline.sources import flag_embedding
 from embed_pipeline.sources.check import Key, SourceFile, source_files
-from embed_pipeline.sources.columns import match_columns, wanted_columns
-from embed_pipeline.tables import RAW, RAW_FILE, write_stream
+from embed_pipeline.sources.columns import (
+    Column,
+    as_further_negatives,
+    as_triplets,
+    match_columns,
+    negative_columns,
+    wanted_columns,
+)
+from embed_pipeline.tables import RAW, RAW_EXAMPLES, RAW_EXAMPLES_FILE, RAW_FILE, write_stream
 
 BATCH_ROWS = 20_000
 MAGIC = b"PAR1"
 
 
 class ReadFile(BaseModel):
-    """One raw file as it was read: our column -> its column."""
+    """One raw file as it was read: our column -> its column. A triplets file is read once for each negative."""
 
     source: str
     kind: str
     rows: int
     columns: dict[str, str]
+    relevance: float | None = None  # of all its rows, where no column gives it
+    prompt: str | None = None  # that its lines carry (flag-embedding)
 
 
 class SourceReport(BaseModel):
@@ -35,31 +48,96 @@ class SourceReport(BaseModel):
     files: list[ReadFile]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What is read of one file in one go."""
+
+    file: SourceFile
+    described: ReadFile
+    wanted: list[Column]
+
+
+def raw_table(settings: SourceSettings) -> tuple[str, pa.Schema]:
+    """File name and schema of the raw rows of such a source."""
+    return (RAW_EXAMPLES_FILE, RAW_EXAMPLES) if settings.kind in EXAMPLE_KINDS else (RAW_FILE, RAW)
+
+
 def read_sources(settings: SourceSettings, yaml_folder: Path, out: Path) -> SourceReport:
-    """Write `out/raw_pairs.parquet` (schema `tables.RAW`): rows as delivered, in order of file and row.
+    """Write `out/raw_pairs.parquet` (schema `tables.RAW`), or for scored, labelled and parallel sources
+    `out/raw_examples.parquet` (`tables.RAW_EXAMPLES`): rows as delivered, in order of file and row.
+
+    A row has one text that is judged, so what comes with several is several rows: the negatives of a triplets file
+    besides the first have `FILE#COLUMN` as their source, the texts of a FlagEmbedding line `FILE#pos[0]`, `FILE#neg[2]`
+    (rows are lines from 0, those without anything on them not counted).
 
     Files are streamed through DuckDB. Raises ConfigurationError where a path matches nothing, SourceError naming file
-    and column where a file is no parquet, is damaged or empty, lacks a column, or holds the wrong type.
-    A null text in single rows is left to cleaning; a required column that is null in every row is an error.
+    and column (or line) where a file is not of the format it must be, is damaged or empty, lacks a column, or holds the
+    wrong type. A null text in single rows is left to cleaning; a required column that is null in every row is an error.
     """
     connection = duckdb.connect()
-    files = source_files(settings, yaml_folder)
+    name, schema = raw_table(settings)
     # All files are looked at before the first is read, so that a mistake is known after seconds.
-    read = [_inspect(connection, settings, file) for file in files]
+    parts = [part for file in source_files(settings, yaml_folder) for part in _inspect(connection, settings, file)]
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for file, described in zip(files, read, strict=True):
-            yield from _rows(connection, file, described)
+        for part in parts:
+            yield from _rows(connection, part, schema)
 
-    rows = write_stream(batches(), RAW, out / RAW_FILE)
-    _refuse_columns_without_values(connection, settings, out / RAW_FILE, files, read)
+    rows = write_stream(batches(), schema, out / name)
+    _refuse_columns_without_values(connection, out / name, schema, parts)
     by_kind: dict[str, int] = {}
-    for described in read:
-        by_kind[described.kind] = by_kind.get(described.kind, 0) + described.rows
-    return SourceReport(rows=rows, rows_by_kind=by_kind, files=read)
+    for part in parts:
+        by_kind[part.described.kind] = by_kind.get(part.described.kind, 0) + part.described.rows
+    return SourceReport(rows=rows, rows_by_kind=by_kind, files=[part.described for part in parts])
 
 
-def _inspect(connection: duckdb.DuckDBPyConnection, settings: SourceSettings, file: SourceFile) -> ReadFile:
+def refuse_other_prompts(files: Sequence[ReadFile], encoding: EncodingSettings) -> None:
+    """What rows were written for has to be what questions are encoded with.
+
+    Raises ConfigurationError naming the key where a file's prompt is not `embedder.encoding`'s.
+    """
+    for file in files:
+        if file.prompt is not None and file.prompt != encoding.query_prompt:
+            found = "nothing" if encoding.query_prompt is None else repr(encoding.query_prompt)
+            raise ConfigurationError(
+                f"embedder.encoding.query_instruction_for_retrieval: found {found}, but the lines of {file.source} "
+                f"carry the prompt {file.prompt!r}. Questions are trained on and searched with one instruction: name "
+                "this one there, or leave `prompt` out of the file"
+            )
+
+
+def _inspect(connection: duckdb.DuckDBPyConnection, settings: SourceSettings, file: SourceFile) -> list[_Part]:
+    if settings.kind == "flag-embedding" and file.key == "path":
+        found = flag_embedding.describe(connection, file.path, _exactly(file))
+        told = ReadFile(source=file.name, kind="pair", rows=found.rows, columns=found.columns, prompt=found.prompt)
+        return [_Part(file, told, [])]
+    delivered, rows = _describe(connection, file)
+    wanted, kind = wanted_columns(settings, file.key), _kind(settings, file.key)
+    if kind != "triplet":
+        return [_part(file, file.name, kind, rows, delivered, wanted)]
+    first, *others = negative_columns(settings, delivered)
+    parts = [_part(file, file.name, kind, rows, delivered, as_triplets(wanted, first))]
+    for column in others:
+        further = as_further_negatives(wanted, column)
+        parts.append(_part(file, f"{file.name}#{column}", "pair", rows, delivered, further, relevance=0.0))
+    return parts
+
+
+def _part(
+    file: SourceFile,
+    source: str,
+    kind: str,
+    rows: int,
+    delivered: dict[str, str],
+    wanted: list[Column],
+    relevance: float | None = None,
+) -> _Part:
+    columns = match_columns(file, delivered, wanted)
+    return _Part(file, ReadFile(source=source, kind=kind, rows=rows, columns=columns, relevance=relevance), wanted)
+
+
+def _describe(connection: duckdb.DuckDBPyConnection, file: SourceFile) -> tuple[dict[str, str], int]:
+    """Column -> DuckDB type, and the number of rows, of a parquet file."""
     _refuse_other_formats(file)
     try:
         described = connection.execute("DESCRIBE SELECT * FROM read_parquet($path)", {"path": _exactly(file)})
@@ -76,8 +154,7 @@ def _inspect(connection: duckdb.DuckDBPyConnection, settings: SourceSettings, fi
         )
     if rows == 0:
         raise SourceError(f"{file.path}: no rows. Remove the file, or build it again")
-    columns = match_columns(file, delivered, wanted_columns(settings, file.key))
-    return ReadFile(source=file.name, kind=_kind(settings, file.key), rows=rows, columns=columns)
+    return delivered, rows
 
 
 def _refuse_other_formats(file: SourceFile) -> None:
@@ -99,47 +176,53 @@ def _refuse_other_formats(file: SourceFile) -> None:
         )
 
 
-def _rows(connection: duckdb.DuckDBPyConnection, file: SourceFile, described: ReadFile) -> Iterator[pa.RecordBatch]:
-    ours = {"source": "$source", "row_number": "file_row_number", "kind": "$kind"}
-    for column, theirs in described.columns.items():
-        ours[column] = '"' + theirs.replace('"', '""') + '"'
-    selected = ", ".join(f"CAST({ours.get(f.name, 'NULL')} AS {_TYPES[f.type]}) AS {f.name}" for f in RAW)
-    parameters = {"source": described.source, "kind": described.kind, "path": _exactly(file)}
+def _rows(connection: duckdb.DuckDBPyConnection, part: _Part, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    described = part.described
+    parameters: dict[str, Any] = {"source": described.source, "path": _exactly(part.file)}
+    if part.wanted:
+        ours = {"source": "$source", "row_number": "file_row_number", "kind": "$kind"}
+        for column, theirs in described.columns.items():
+            ours[column] = '"' + theirs.replace('"', '""') + '"'
+        if described.relevance is not None:
+            ours["relevance"] = str(described.relevance)
+        parameters |= {"kind": described.kind} if "kind" in schema.names else {}
+        rows = "read_parquet($path, file_row_number = true)"
+    else:
+        rows = f"({flag_embedding.ROWS})"
+        given = ("source", "row_number", "kind", "query", "passage", "relevance", "teacher_score")
+        ours = {name: name for name in given}
+    selected = ", ".join(f"CAST({ours.get(f.name, 'NULL')} AS {_TYPES[f.type]}) AS {f.name}" for f in schema)
     try:
-        query = f"SELECT {selected} FROM read_parquet($path, file_row_number = true)"
-        yield from connection.sql(query, params=parameters).to_arrow_reader(BATCH_ROWS)
+        yield from connection.sql(f"SELECT {selected} FROM {rows}", params=parameters).to_arrow_reader(BATCH_ROWS)
     except (duckdb.Error, pa.ArrowException, UnicodeDecodeError) as error:
-        raise SourceError(_damaged(file, error)) from error
+        raise SourceError(_damaged(part.file, error)) from error
 
 
 _TYPES = {pa.string(): "VARCHAR", pa.int64(): "BIGINT", pa.float64(): "DOUBLE"}
 
 
 def _refuse_columns_without_values(
-    connection: duckdb.DuckDBPyConnection,
-    settings: SourceSettings,
-    raw_file: Path,
-    files: list[SourceFile],
-    read: list[ReadFile],
+    connection: duckdb.DuckDBPyConnection, raw_file: Path, schema: pa.Schema, parts: Sequence[_Part]
 ) -> None:
-    names = [field.name for field in RAW][3:]
+    names = [name for name in schema.names if name not in ("source", "row_number", "kind")]
     counts = connection.execute(
         f"SELECT source, {', '.join(f'count({name})' for name in names)} FROM read_parquet($path) GROUP BY source",
         {"path": str(raw_file)},
     ).fetchall()
     filled = {row[0]: dict(zip(names, row[1:], strict=True)) for row in counts}
-    for file, described in zip(files, read, strict=True):
-        for column in wanted_columns(settings, file.key):
-            if column.required and filled[described.source][column.ours] == 0:
+    for part in parts:
+        for column in part.wanted:
+            if column.required and filled[part.described.source][column.ours] == 0:
                 raise SourceError(
-                    f"{file.path}: column '{column.theirs}' ({column.setting}) is null in all {described.rows} rows. "
-                    f"Name the column that holds the values under {column.setting}, or leave the file out"
+                    f"{part.file.path}: column '{column.theirs}' ({column.setting}) is null in all "
+                    f"{part.described.rows} rows. Name the column that holds the values under {column.setting}, or "
+                    "leave the file out"
                 )
 
 
 def _kind(settings: SourceSettings, key: Key) -> str:
     if key == "path":
-        return "pair" if settings.kind == "pairs" else "triplet"
+        return {"pairs": "pair", "triplets": "triplet"}.get(settings.kind, settings.kind)
     return {"queries": "query", "qrels": "judgement"}.get(key, "passage")
 
 

@@ -66,25 +66,29 @@ class Look:
         return Look(before.model_copy(update={"sums": self.memory.sums}), f"{self.reason}, but {why}")
 
 
-def look_again(memory: Memory, settings: SourceSettings, yaml_folder: Path, read: Read | None) -> Look:
-    """Look at the raw files once more; never raises because of them.
+def look_again(memory: Memory, sources: Sequence[SourceSettings], yaml_folder: Path, read: Read | None) -> Look:
+    """Look at the raw files of all `sources` once more; never raises because of them.
 
     A `request` names the content to be read, and how often one was asked for: a content that comes back after another
     has a new name.
     """
     try:
-        files = look(settings, yaml_folder)
+        files = look(sources, yaml_folder)
         if files != memory.seen:
             return Look(memory.model_copy(update={"seen": files}), _unsettled(memory.seen, files))
         if state_digest(files) == memory.handled_state:
             return Look(memory, f"{_count(files)}, unchanged since {memory.handled_at}")
-        return _settled(memory, files, settings, yaml_folder, read)
+        return _settled(memory, files, sources, yaml_folder, read)
     except (UserError, OSError) as error:
         return Look(memory.model_copy(update={"seen": None}), f"the raw files cannot be seen: {error}")
 
 
 def _settled(
-    memory: Memory, files: tuple[FileState, ...], settings: SourceSettings, yaml_folder: Path, read: Read | None
+    memory: Memory,
+    files: tuple[FileState, ...],
+    sources: Sequence[SourceSettings],
+    yaml_folder: Path,
+    read: Read | None,
 ) -> Look:
     state = state_digest(files)
     now = f"{datetime.now(UTC):%Y-%m-%d at %H:%M UTC}"
@@ -96,8 +100,8 @@ def _settled(
     if sum(file.bytes for file in files if file not in sums) > MOST_BYTES:
         content, found = state, "too large to be compared by a look: the run will find out what changed"
     else:
-        entries = fingerprint(settings, yaml_folder, sums)
-        if look(settings, yaml_folder) != files:
+        entries = fingerprint(sources, yaml_folder, sums)
+        if look(sources, yaml_folder) != files:
             return Look(memory.model_copy(update={"seen": None}), "the raw files changed while they were looked at")
         known = tuple(Sum(file=f, sha256=str(e["sha256"])) for f, e in zip(files, entries, strict=True))
         handled = handled.model_copy(update={"sums": known})

@@ -150,10 +150,10 @@ def test_bad_beir_rows(cleaned: Callable[..., Any], case: str) -> None:
 def test_judgements_follow_merged_passages(cleaned: Callable[..., Any]) -> None:
     rows = beir({"x": f"{P} end", "y": P}, {"w": "why so"}, [("w", "y", 2.0)])
     result = cleaned([*rows, *sound_beir()])
-    assert {"query_id": "w", "passage_id": "x", "relevance": 2.0} in result.qrels
+    assert {"query_id": "w", "passage_id": "x", "relevance": 2.0, "teacher_score": None} in result.qrels
     assert [(row["passage_id"], row["merged_into"], row["passage"]) for row in result.merged] == [("y", "x", P)]
     kept = cleaned([*rows, *sound_beir()], near_duplicates={"action": "keep"})
-    assert {"query_id": "w", "passage_id": "y", "relevance": 2.0} in kept.qrels
+    assert {"query_id": "w", "passage_id": "y", "relevance": 2.0, "teacher_score": None} in kept.qrels
     assert kept.merged == []
     assert len({row["cluster_id"] for row in kept.passages if row["passage_id"] in "xy"}) == 1
 

@@ -97,7 +97,7 @@ def test_a_null_in_one_row_is_left_to_cleaning(tmp_path: Path, parquet: Callable
 
 
 def test_fingerprint_follows_content(tmp_path: Path, parquet: Callable[..., Path]) -> None:
-    settings = SourceSettings(path="*.parquet")
+    settings = (SourceSettings(path="*.parquet"),)
     parquet("a.parquet", **PAIRS)
     before = fingerprint(settings, tmp_path)
     parquet("a.parquet", **PAIRS)
@@ -108,7 +108,7 @@ def test_fingerprint_follows_content(tmp_path: Path, parquet: Callable[..., Path
 
 
 def test_files_that_change_while_they_are_read_are_refused(tmp_path: Path, parquet: Callable[..., Path]) -> None:
-    settings = SourceSettings(path="*.parquet")
+    settings = (SourceSettings(path="*.parquet"),)
     file = parquet("a.parquet", **PAIRS)
     before = fingerprint(settings, tmp_path)
     refuse_changed(before, settings, tmp_path)

@@ -32,7 +32,7 @@ class Watched:
 
     def look(self, read: Read | None = None) -> Look:
         """One look, which remembers as Dagster's cursor does: as text."""
-        found = look_again(self.memory, SETTINGS, self.folder, read)
+        found = look_again(self.memory, (SETTINGS,), self.folder, read)
         self.memory = Memory.model_validate_json(found.memory.model_dump_json())
         return found
 
@@ -120,7 +120,7 @@ def test_a_postponed_request_comes_again_without_reading_the_files_again(
 
     (watched.folder / "raw" / "a.parquet").chmod(0)  # and nobody, not even root, needs to read it
     monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("a file was opened"))
-    again = look_again(postponed.memory, SETTINGS, watched.folder, None)
+    again = look_again(postponed.memory, (SETTINGS,), watched.folder, None)
     assert again.request == asked.request
 
 
@@ -138,7 +138,7 @@ def test_only_changed_files_are_read_again(watched: Watched, monkeypatch: pytest
 
 def test_what_was_read_before_is_not_asked_for(watched: Watched) -> None:
     watched.write("a.parquet", "a")
-    content, state = content_digest(fingerprint(SETTINGS, watched.folder)), state_digest(look(SETTINGS, watched.folder))
+    content, state = content_digest(fingerprint((SETTINGS,), watched.folder)), state_digest(look((SETTINGS,), watched.folder))
     same_state = watched.settled(Read("f00", content, state))
     assert (same_state.request, same_state.reason) == (None, "1 file in the state that raw_pairs f00 was read from")
 

@@ -1,0 +1,130 @@
+"""Several sources train one model: what one of them holds out for dev and test, no other may train on.
+
+Sources come in the order of the YAML, the pipeline's own first. What was cleaned before stands: a train row gives way
+where a source before it holds its texts out, a dev or test row where a source before it trains on them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import duckdb
+
+from embed_pipeline.cleaning import reasons
+from embed_pipeline.cleaning.normalise import create_macros
+from embed_pipeline.cleaning.rows import reject
+from embed_pipeline.tables import EXAMPLES_FILE, PASSAGES_FILE, QRELS_FILE, QUERIES_FILE
+
+# What may not stand in two splits: a text, or (where texts stand in many pairs) two texts together.
+Apart = Literal["texts", "pairs"]
+SHOWN = 3
+SHOWN_CHARACTERS = 80
+
+_RETRIEVAL = """
+    SELECT split, query AS first, text AS second, title FROM read_parquet($qrels) JOIN read_parquet($queries)
+    USING (query_id) JOIN read_parquet($passages) USING (passage_id) WHERE relevance > 0"""
+_EXAMPLES = "SELECT split, sentence1 AS first, sentence2 AS second, NULL::VARCHAR AS title FROM read_parquet($examples)"
+
+
+@dataclass(frozen=True)
+class CleanedSource:
+    """The cleaned tables of one source, and what of it stands in one split only."""
+
+    name: str
+    folder: Path
+    apart: Apart = "texts"
+
+
+def reject_elsewhere(connection: duckdb.DuckDBPyConnection, before: Sequence[CleanedSource]) -> None:
+    """Drop judgements of the tables that `clean` works on; a positive's near-duplicates are looked for as well."""
+    connection.execute(
+        """CREATE TABLE own_texts AS
+           WITH asked AS (SELECT DISTINCT row, split, query_id, cluster_id, relevance FROM judged
+                          JOIN passage_clusters USING (passage_id)),
+           answers AS (
+               SELECT row, split, folded AS first, title, text AS second FROM asked JOIN spellings USING (query_id)
+               JOIN passage_clusters USING (cluster_id) JOIN passages USING (passage_id) WHERE relevance > 0
+           )
+           SELECT row, split, 'texts' AS what, unnest(text_keys(folded)) AS key
+           FROM asked JOIN spellings USING (query_id)
+           UNION SELECT row, split, 'texts', unnest(text_keys(folded(told))) FROM (
+               SELECT row, split, unnest(list_distinct([second, passage_text(title, second)])) AS told FROM answers)
+           UNION SELECT row, split, 'pairs', unnest(pair_keys(first, folded(second))) FROM answers"""
+    )
+    reject_shared(connection, before, "texts")
+
+
+def reject_shared(connection: duckdb.DuckDBPyConnection, before: Sequence[CleanedSource], apart: Apart) -> None:
+    """Drop the rows of the table `own_texts` (row, split, what: texts or pairs, key) that share a key with `before`.
+
+    What is held out decides whether a shared text is too much, or only a shared pair: `apart` is this source's.
+    """
+    _collect(connection, before)
+    for reason, mine, theirs, level in (
+        (reasons.HELD_OUT_ELSEWHERE, "o.split = 'train'", "e.split <> 'train'", "e.apart"),
+        (reasons.TRAINED_ON_ELSEWHERE, "o.split <> 'train'", "e.split = 'train'", f"'{apart}'"),
+    ):
+        reject(
+            connection,
+            reason,
+            f"""SELECT row, e.split || ' of ' || source || ': "' || shown || '"' AS detail
+                FROM own_texts o JOIN elsewhere e USING (what, key)
+                WHERE {mine} AND {theirs} AND what = {level}""",
+        )
+
+
+def verify_apart(sources: Sequence[CleanedSource]) -> list[str]:
+    """What one of the sources holds out and another trains on, a sentence each pair of sources; empty if nothing is."""
+    found = []
+    with tempfile.TemporaryDirectory(prefix="verify-") as work, duckdb.connect(f"{work}/work.duckdb") as connection:
+        create_macros(connection)
+        _collect(connection, sources)
+        for one, other in combinations(sources, 2):
+            for held, trained in ((one, other), (other, one)):
+                shared = connection.execute(
+                    """SELECT DISTINCT h.shown FROM elsewhere h JOIN elsewhere t USING (what, key)
+                       WHERE h.source = $held AND h.split <> 'train' AND t.source = $trained AND t.split = 'train'
+                       AND what = $apart ORDER BY 1""",
+                    {"held": held.name, "trained": trained.name, "apart": held.apart},
+                ).fetchall()
+                if shared:
+                    examples = ", ".join(f'"{row[0]}"' for row in shared[:SHOWN])
+                    found.append(
+                        f"{trained.name} trains on what {held.name} holds out: {len(shared)} time(s), e.g. {examples}"
+                    )
+    return found
+
+
+def _collect(connection: duckdb.DuckDBPyConnection, sources: Sequence[CleanedSource]) -> None:
+    """Table `elsewhere`: source, apart, split, what (texts, pairs), key, shown (the first text, cut)."""
+    connection.execute(
+        """CREATE TABLE elsewhere
+           (source VARCHAR, apart VARCHAR, split VARCHAR, what VARCHAR, key VARCHAR, shown VARCHAR)"""
+    )
+    for source in sources:
+        examples = source.folder / EXAMPLES_FILE
+        files = {"examples": examples}
+        if not examples.is_file():
+            files = {"queries": QUERIES_FILE, "passages": PASSAGES_FILE, "qrels": QRELS_FILE}
+        rows = _EXAMPLES if "examples" in files else _RETRIEVAL
+        connection.execute(
+            f"""INSERT INTO elsewhere
+                WITH rows AS ({rows}), told AS (
+                    SELECT split, 'texts' AS what, unnest(text_keys(folded(told))) AS key, first FROM (
+                        SELECT *, unnest(list_distinct([first, second, passage_text(title, second)])) AS told FROM rows)
+                    UNION ALL SELECT split, 'pairs', unnest(pair_keys(folded(first), folded(second))), first
+                    FROM rows WHERE second IS NOT NULL
+                )
+                SELECT $source, $apart, split, what, key, min(left(first, {SHOWN_CHARACTERS})) FROM told
+                WHERE key IS NOT NULL GROUP BY ALL""",
+            {
+                "source": source.name,
+                "apart": source.apart,
+                **{key: str(source.folder / name) for key, name in files.items()},
+            },
+        )

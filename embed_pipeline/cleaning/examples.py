@@ -1,0 +1,399 @@
+"""Scored, labelled and parallel rows -> examples in splits that keep test honest, every dropped row with its reason."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel
+
+from embed_pipeline.cleaning import reasons
+from embed_pipeline.cleaning.clean import BATCH_ROWS, MEMORY_LIMIT
+from embed_pipeline.cleaning.elsewhere import Apart, CleanedSource, reject_shared
+from embed_pipeline.cleaning.normalise import create_macros
+from embed_pipeline.cleaning.rows import reject
+from embed_pipeline.cleaning.splits import LARGE_GROUP_QUERIES, LARGE_GROUP_SHARE, assign_groups, linked_groups
+from embed_pipeline.errors import CleaningError
+from embed_pipeline.settings import CleaningSettings, SourceSettings
+from embed_pipeline.tables import (
+    EXAMPLES,
+    EXAMPLES_FILE,
+    REJECTED_EXAMPLES,
+    REJECTED_EXAMPLES_FILE,
+    SPLITS,
+    write_stream,
+)
+
+# Texts are kept in one split each where that costs no more than this share of train (delivered splits), or leaves more
+# than MOST of the rows in groups that can be divided; where sentences stand in many pairs, pairs are.
+MOST_LOST = 0.2
+MOST = 0.5
+
+_SINGLE = "(SELECT count(sentence2) = 0 FROM rows)"
+# Rows that say the same: a score holds for both orders of two sentences, a class or a translation for the one given.
+_SAME = {
+    "scored": "least(first, second) || chr(0) || greatest(first, second)",
+    "labelled": "first || chr(0) || coalesce(second, '')",
+    "parallel": "first || chr(0) || second",
+}
+
+
+class ExamplesReport(BaseModel):
+    """What became of the raw rows of one source. `raw_rows` = `kept_rows` + `rejected_rows`."""
+
+    kind: Literal["scored", "labelled", "parallel"]
+    raw_rows: int
+    kept_rows: int
+    rejected_rows: int
+    rejected_by_reason: dict[str, int]  # in the order of reasons.EXAMPLE_REASONS
+    examples_by_split: dict[str, int]
+    classes: dict[str, int]  # labelled: class -> rows, the 100 most frequent
+    scores_by_split: dict[str, float]  # scored: the mean, 0..1
+    apart: Apart  # what stands in one split only: every text, or every pair (in both orders)
+    shared_texts: float  # share of the distinct dev and test texts that stand in train as well; 0 where texts are apart
+    groups: int  # of rows that may not be divided over splits
+    largest_group: int
+    delivered_splits: list[str]
+    split_leaks: int
+    elsewhere_leaks: int
+
+
+def clean_examples(
+    raw_file: Path,
+    source: SourceSettings,
+    settings: CleaningSettings,
+    seed: int,
+    out: Path,
+    *,
+    before: Sequence[CleanedSource] = (),
+) -> ExamplesReport:
+    """Clean `raw_file` (schema `tables.RAW_EXAMPLES`) into `examples.parquet` and `rejected_examples.parquet` in `out`.
+
+    The same rows, settings and seed give the same bytes. Two texts are the same when letter case, punctuation, width
+    and spaces are put aside. Of rows of one split that say the same the first stays; where they say something else (two
+    scores, two classes) all go. Order counts for classes and translations, not for scores.
+
+    Delivered splits are honoured, and train gives way where it leaks into dev or test; missing splits are cut from
+    train by a seeded hash. No text stands in two splits, however its words are ordered, unless texts stand in so many
+    pairs that this would cost more than a fifth of train (delivered), or leave most rows in one group (cut): then no
+    two texts stand together in two splits, in either order, and the report tells the share of texts that train shares.
+    Documents stay in one split in any case.
+
+    `before`: sources cleaned before, see `elsewhere`. They may leave dev or test without a row.
+
+    Raises CleaningError where scores are on another scale than `score_range` says, fewer than two classes are left, no
+    row is left of a split, or its groups cannot be divided.
+    """
+    with tempfile.TemporaryDirectory(dir=out, prefix=".cleaning-") as work:
+        connection = duckdb.connect(
+            str(Path(work) / "work.duckdb"), config={"memory_limit": MEMORY_LIMIT, "temp_directory": work}
+        )
+        with connection:
+            create_macros(connection)
+            _load(connection, raw_file, source)
+            _refuse_other_scale(connection, source)
+            _reject_bad_rows(connection, source, settings)
+            _reject_repeated(connection, source)
+            _create_links(connection)
+            delivered = _delivered_splits(connection)
+            apart = _remove_leaks(connection)
+            _refuse_empty(connection, settings, delivered)
+            apart = _cut_missing_splits(connection, settings, seed, apart)
+            _refuse_empty(connection, settings, [*SPLITS])
+            if before:
+                connection.execute(
+                    """CREATE TABLE own_texts AS SELECT DISTINCT row, split, what, key
+                       FROM live JOIN links USING (row) WHERE what <> 'document'"""
+                )
+                reject_shared(connection, before, apart)
+                _refuse_empty(connection, settings, [])
+            _refuse_one_class(connection, source)
+            _create_results(connection, apart)
+            return _write(connection, source, apart, delivered, out)
+
+
+def _load(connection: duckdb.DuckDBPyConnection, raw_file: Path, source: SourceSettings) -> None:
+    """`rows` with texts as every later stage sees them, `first` and `second` folded, scores mapped to 0..1."""
+    low, high = source.score_range or (0.0, 1.0)
+    connection.execute(
+        """
+        CREATE TABLE rows AS
+        SELECT *, folded(sentence1) AS first, folded(sentence2) AS second
+        FROM (
+            SELECT file_row_number AS row, source, row_number, lines(sentence1) AS sentence1,
+                lines(sentence2) AS sentence2, score AS delivered_score, (score - $low) / ($high - $low) AS score,
+                one_line(label) AS label, nullif(trim(document_id), '') AS document_id, split AS delivered_split,
+                CASE lower(trim(coalesce(split, '')))
+                    WHEN '' THEN 'train' WHEN 'train' THEN 'train'
+                    WHEN 'dev' THEN 'dev' WHEN 'val' THEN 'dev' WHEN 'validation' THEN 'dev'
+                    WHEN 'test' THEN 'test' END AS split
+            FROM read_parquet($raw, file_row_number = true)
+        )
+        """,
+        {"raw": str(raw_file), "low": low, "high": high},
+    )
+    connection.execute("CREATE TABLE rejections (row BIGINT, reason VARCHAR, detail VARCHAR)")
+    connection.execute("CREATE VIEW live AS SELECT * FROM rows WHERE row NOT IN (SELECT row FROM rejections)")
+
+
+def _refuse_other_scale(connection: duckdb.DuckDBPyConnection, source: SourceSettings) -> None:
+    if source.kind != "scored":
+        return
+    outside, scores, low, high = connection.execute(
+        """SELECT count_if(score NOT BETWEEN 0 AND 1), count(*), min(delivered_score), max(delivered_score)
+           FROM rows WHERE isfinite(delivered_score)"""
+    ).fetchall()[0]
+    if outside > scores / 2:
+        found = f"{outside} of {scores} scores lie outside"
+        told = f"{list(source.score_range)}" if source.score_range else "0 to 1, which holds where no range is given"
+        raise CleaningError(
+            f"{source.where}.score_range: {found} {told}. They run from {low:g} to {high:g}: name the scale they were "
+            f"given on, e.g. score_range: [{low:g}, {high:g}]"
+        )
+
+
+def _reject_bad_rows(connection: duckdb.DuckDBPyConnection, source: SourceSettings, settings: CleaningSettings) -> None:
+    reject(
+        connection,
+        reasons.EMPTY_SENTENCE,
+        # Classes may be given to single texts, but then to all of them.
+        f"""SELECT row, CASE WHEN sentence1 IS NULL THEN 'sentence1' ELSE 'sentence2' END AS detail FROM rows
+            WHERE sentence1 IS NULL OR sentence2 IS NULL AND NOT ('{source.kind}' = 'labelled' AND {_SINGLE})""",
+    )
+    for reason, wrong in (
+        (reasons.SENTENCE_TOO_SHORT, f"< {settings.passage_min_characters}"),
+        (reasons.SENTENCE_TOO_LONG, f"> {settings.passage_max_characters}"),
+    ):
+        checks = " UNION ALL ".join(
+            f"SELECT row, '{text}: ' || length({text}) || ' characters' AS detail FROM live "
+            f"WHERE length({text}) {wrong}"
+            for text in ("sentence1", "sentence2")
+        )
+        reject(connection, reason, checks)
+    if source.kind == "labelled":
+        reject(connection, reasons.MISSING_LABEL, "SELECT row, NULL AS detail FROM live WHERE label IS NULL")
+    if source.kind == "scored":
+        score = "'score ' || coalesce(delivered_score::VARCHAR, 'null') AS detail"
+        for reason, found in (
+            (reasons.INVALID_SCORE, "delivered_score IS NULL OR NOT isfinite(delivered_score)"),
+            (reasons.SCORE_OUT_OF_RANGE, "score NOT BETWEEN 0 AND 1"),
+        ):
+            reject(connection, reason, f"SELECT row, {score} FROM live WHERE {found}")
+    reject(
+        connection,
+        reasons.INVALID_SPLIT,
+        "SELECT row, 'split ''' || delivered_split || '''' AS detail FROM live WHERE split IS NULL",
+    )
+
+
+def _reject_repeated(connection: duckdb.DuckDBPyConnection, source: SourceSettings) -> None:
+    """Within a split; what stands in two splits is a leak, and there the split that goes before decides."""
+    same = _SAME[source.kind]
+    said = {"scored": "delivered_score", "labelled": "label"}.get(source.kind)
+    if said is not None:
+        reject(
+            connection,
+            reasons.CONTRADICTION,
+            f"""SELECT row, said AS detail FROM (
+                    SELECT row, {same} AS same, split FROM live
+                ) JOIN (
+                    SELECT {same} AS same, split, array_to_string(list_sort(list(DISTINCT {said})), ' and ') AS said
+                    FROM live GROUP BY ALL HAVING count(DISTINCT {said}) > 1
+                ) USING (same, split)""",
+        )
+    reject(
+        connection,
+        reasons.DUPLICATE,
+        f"""SELECT row, 'of ' || first_source || ' row ' || first_row AS detail FROM (
+                SELECT row, row_number() OVER same_rows AS place, first_value(source) OVER same_rows AS first_source,
+                    first_value(row_number) OVER same_rows AS first_row
+                FROM live WINDOW same_rows AS (PARTITION BY {same}, split ORDER BY row)
+            ) WHERE place > 1""",
+    )
+
+
+def _create_links(connection: duckdb.DuckDBPyConnection) -> None:
+    """`links`: row, what (texts, pairs, document), key: what a row must not have in common with another split."""
+    connection.execute(
+        """CREATE TABLE links AS
+           SELECT row, 'texts' AS what, unnest(list_distinct(
+               list_concat(text_keys(first), coalesce(text_keys(second), [])))) AS key FROM live
+           UNION ALL SELECT row, 'pairs', unnest(pair_keys(first, second)) FROM live WHERE second IS NOT NULL
+           UNION ALL SELECT row, 'document', document_id FROM live WHERE document_id IS NOT NULL"""
+    )
+
+
+def _delivered_splits(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    found = connection.execute("SELECT DISTINCT split FROM rows WHERE trim(delivered_split) <> ''").fetchall()
+    return [split for split in SPLITS if (split,) in found]
+
+
+def _leaks(split: str, apart: Apart) -> str:
+    """Rows of `split` that share something with a split that goes before."""
+    held_out = "('test')" if split == "dev" else "('test', 'dev')"
+    return f"""
+        WITH linked AS (SELECT * FROM live JOIN links USING (row) WHERE what IN ('{apart}', 'document')),
+        held AS (
+            SELECT what, key, arg_max(split, (split, -row)) AS held_split,
+                arg_max(source, (split, -row)) AS held_source, arg_max(row_number, (split, -row)) AS held_row
+            FROM linked WHERE split IN {held_out} GROUP BY what, key
+        )
+        SELECT row, 'shares its ' || CASE what WHEN 'document' THEN 'document' WHEN 'pairs' THEN 'pair' ELSE 'text' END
+            || ' with ' || held_split || ', ' || held_source || ' row ' || held_row AS detail
+        FROM linked JOIN held USING (what, key) WHERE split = '{split}'"""
+
+
+def _remove_leaks(connection: duckdb.DuckDBPyConnection) -> Apart:
+    """Of delivered splits test keeps all it has, then dev; returns what could be kept apart."""
+    counts = dict(connection.execute("SELECT split, count(*) FROM live GROUP BY split").fetchall())
+    apart: Apart = "texts"
+    if len(counts) > 1 and not connection.execute(f"SELECT {_SINGLE}").fetchall()[0][0]:
+        for split in ("dev", "train"):
+            lost = connection.execute(f"SELECT count(DISTINCT row) FROM ({_leaks(split, 'texts')})").fetchall()[0][0]
+            if lost > MOST_LOST * counts.get(split, 0):
+                apart = "pairs"
+    for split in ("dev", "train"):
+        reject(connection, reasons.SPLIT_LEAK, _leaks(split, apart))
+    return apart
+
+
+def _cut_missing_splits(
+    connection: duckdb.DuckDBPyConnection, settings: CleaningSettings, seed: int, apart: Apart
+) -> Apart:
+    """Cut test and dev from train's groups where none was delivered; returns what could be kept apart."""
+    present = {row[0] for row in connection.execute("SELECT DISTINCT split FROM live").fetchall()}
+    shares = {"test": settings.split.test, "dev": settings.split.dev}
+    wanted = {split: share for split, share in shares.items() if share > 0 and split not in present}
+    if not wanted:
+        return apart
+    single = connection.execute(f"SELECT {_SINGLE}").fetchall()[0][0]
+    levels: tuple[Apart, ...] = ("texts", "pairs") if apart == "texts" and not single else (apart,)
+    for level in levels:
+        rows, labels, places = linked_groups(connection, f"{_linked(level)} AND split = 'train'", seed)
+        sizes = np.bincount(labels)
+        large = sizes > max(LARGE_GROUP_QUERIES, LARGE_GROUP_SHARE * sizes.sum())
+        apart = level
+        if len(sizes) > len(wanted) and sizes[large].sum() <= MOST * sizes.sum():
+            break
+    chosen = assign_groups(places, sizes, wanted)
+    if chosen is None:
+        raise CleaningError(
+            f"cannot cut {' and '.join(wanted)} from train: its {len(rows)} rows form {len(sizes)} group(s) that share "
+            f"a document or a text, and {len(wanted) + 1} are needed. Leave `columns.document_id` out or choose a "
+            "finer one, or deliver a `split` column"
+        )
+    split_of = pa.table({"row": pa.array(rows.tolist(), pa.int64()), "split": pa.array(chosen[labels], pa.string())})
+    connection.register("found_splits", split_of)
+    connection.execute("UPDATE rows SET split = f.split FROM found_splits f WHERE f.row = rows.row")
+    connection.unregister("found_splits")
+    return apart
+
+
+def _linked(apart: Apart) -> str:
+    """What `linked_groups` reads: a row is its query."""
+    return f"SELECT row AS query_id, what, key FROM links JOIN live USING (row) WHERE what IN ('{apart}', 'document')"
+
+
+def _refuse_empty(connection: duckdb.DuckDBPyConnection, settings: CleaningSettings, expected: list[str]) -> None:
+    left = {row[0] for row in connection.execute("SELECT DISTINCT split FROM live").fetchall()}
+    wanted = {"train", *(s for s in ("dev", "test") if s in expected and getattr(settings.split, s) > 0)}
+    empty = [split for split in SPLITS if split in wanted - left]
+    if not empty:
+        return
+    counts = connection.execute(
+        "SELECT reason, count(*) AS n FROM rejections GROUP BY reason ORDER BY n DESC, reason LIMIT 4"
+    ).fetchall()
+    total = connection.execute("SELECT count(*) FROM rows").fetchall()[0][0]
+    why = "; ".join(f"{n} {reason} ({reasons.EXAMPLE_REASONS[reason]})" for reason, n in counts)
+    raise CleaningError(
+        f"no row is left in {' and '.join(empty)} after cleaning {total} rows. Rejected: {why or 'none'}. Deliver more "
+        "rows, mend the column mapping, or relax `cleaning`"
+    )
+
+
+def _refuse_one_class(connection: duckdb.DuckDBPyConnection, source: SourceSettings) -> None:
+    if source.kind != "labelled":
+        return
+    classes = connection.execute("SELECT DISTINCT label FROM live WHERE split = 'train' ORDER BY label").fetchall()
+    if len(classes) < 2:
+        raise CleaningError(
+            f"{source.where}: train has one class, '{classes[0][0]}', and nothing to tell it from. Name the column "
+            f"that holds the class under {source.where}.columns.label, or deliver rows of other classes"
+        )
+
+
+def _create_results(connection: duckdb.DuckDBPyConnection, apart: Apart) -> None:
+    connection.execute(
+        """CREATE TABLE named AS SELECT *, 'e-' || short_hash(
+               sentence1 || chr(0) || coalesce(sentence2, '')) AS example_id FROM live"""
+    )
+    rows, labels, _ = linked_groups(connection, _linked(apart), seed=0)
+    connection.register(
+        "found_groups",
+        pa.table({"row": pa.array(rows.tolist(), pa.int64()), "component": pa.array(labels.tolist(), pa.int64())}),
+    )
+    connection.execute(
+        """CREATE TABLE out_examples AS SELECT row, example_id, sentence1, sentence2, score, label, split,
+               min(example_id) OVER (PARTITION BY component) AS group_id
+           FROM named JOIN found_groups USING (row)"""
+    )
+    connection.unregister("found_groups")
+
+
+def _write(
+    connection: duckdb.DuckDBPyConnection, source: SourceSettings, apart: Apart, delivered: list[str], out: Path
+) -> ExamplesReport:
+    def counts(query: str) -> dict[str, int]:
+        return {str(name): int(count) for name, count in connection.execute(query).fetchall()}
+
+    def one(query: str) -> int:
+        return int(connection.execute(query).fetchall()[0][0])
+
+    raw_rows, kept = one("SELECT count(*) FROM rows"), one("SELECT count(*) FROM out_examples")
+    rejected, distinct = connection.execute("SELECT count(*), count(DISTINCT row) FROM rejections").fetchall()[0]
+    if rejected != distinct or raw_rows != kept + rejected:
+        raise CleaningError(
+            f"accounting does not add up: {raw_rows} raw rows, {kept} kept, {rejected} rejections of {distinct} rows. "
+            "This is a mistake in embed_pipeline, not in the data; please report it"
+        )
+    for query, schema, name in (
+        ("SELECT * FROM out_examples ORDER BY example_id", EXAMPLES, EXAMPLES_FILE),
+        (
+            "SELECT * FROM rejections JOIN rows USING (row) ORDER BY source, row_number",
+            REJECTED_EXAMPLES,
+            REJECTED_EXAMPLES_FILE,
+        ),
+    ):
+        write_stream(connection.sql(query).to_arrow_reader(BATCH_ROWS), schema, out / name)
+    by_reason = counts("SELECT reason, count(*) FROM rejections GROUP BY reason")
+    by_split = counts("SELECT split, count(*) FROM out_examples GROUP BY split")
+    means = connection.execute("SELECT split, avg(score) FROM out_examples GROUP BY split").fetchall()
+    classes = "SELECT label, count(*) AS n FROM out_examples GROUP BY label ORDER BY n DESC, label LIMIT 100"
+    shared = connection.execute(
+        """WITH texts AS (
+               SELECT DISTINCT key, split = 'train' AS trained FROM links JOIN live USING (row) WHERE what = 'texts'
+           ), held AS (SELECT key FROM texts WHERE NOT trained)
+           SELECT count(*), count_if(key IN (SELECT key FROM texts WHERE trained)) FROM held"""
+    ).fetchall()[0]
+    return ExamplesReport(
+        kind=source.kind,  # type: ignore[arg-type]
+        raw_rows=raw_rows,
+        kept_rows=kept,
+        rejected_rows=rejected,
+        rejected_by_reason={reason: by_reason[reason] for reason in reasons.EXAMPLE_REASONS if reason in by_reason},
+        examples_by_split={split: by_split.get(split, 0) for split in SPLITS},
+        classes=counts(classes) if source.kind == "labelled" else {},
+        scores_by_split={split: float(mean) for split, mean in sorted(means)} if source.kind == "scored" else {},
+        apart=apart,
+        shared_texts=shared[1] / max(1, shared[0]),
+        groups=one("SELECT count(DISTINCT group_id) FROM out_examples"),
+        largest_group=one("SELECT max(n) FROM (SELECT count(*) AS n FROM out_examples GROUP BY group_id)"),
+        delivered_splits=delivered,
+        split_leaks=by_reason.get(reasons.SPLIT_LEAK, 0),
+        elsewhere_leaks=sum(by_reason.get(r, 0) for r in (reasons.HELD_OUT_ELSEWHERE, reasons.TRAINED_ON_ELSEWHERE)),
+    )
