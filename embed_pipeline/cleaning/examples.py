@@ -42,6 +42,8 @@ _SAME = {
     "parallel": "first || chr(0) || second",
 }
 
+_ALIKE = {("0", "1"): "1", ("false", "true"): "true"}
+
 
 class ExamplesReport(BaseModel):
     """What became of the raw rows of one source. `raw_rows` = `kept_rows` + `rejected_rows`."""
@@ -112,7 +114,8 @@ def clean_examples(
                 )
                 reject_shared(connection, before, apart)
                 _refuse_empty(connection, settings, [])
-            _refuse_one_class(connection, source)
+            if source.kind == "labelled":
+                _score_classes(connection, source)
             _create_results(connection, apart)
             return _write(connection, source, apart, delivered, out)
 
@@ -316,14 +319,27 @@ def _refuse_empty(connection: duckdb.DuckDBPyConnection, settings: CleaningSetti
     )
 
 
-def _refuse_one_class(connection: duckdb.DuckDBPyConnection, source: SourceSettings) -> None:
-    if source.kind != "labelled":
-        return
-    classes = connection.execute("SELECT DISTINCT label FROM live WHERE split = 'train' ORDER BY label").fetchall()
+def _score_classes(connection: duckdb.DuckDBPyConnection, source: SourceSettings) -> None:
+    """Pairs of two classes are alike (1) or not (0), where it is known which class means that."""
+    found = connection.execute("SELECT DISTINCT label FROM live WHERE split = 'train' ORDER BY label").fetchall()
+    classes = [row[0] for row in found]
     if len(classes) < 2:
         raise CleaningError(
-            f"{source.where}: train has one class, '{classes[0][0]}', and nothing to tell it from. Name the column "
-            f"that holds the class under {source.where}.columns.label, or deliver rows of other classes"
+            f"{source.where}: train has one class, '{classes[0]}', and nothing to tell it from. Name the column that "
+            f"holds the class under {source.where}.columns.label, or deliver rows of other classes"
+        )
+    alike = source.positive_label
+    if alike is not None and (alike not in classes or len(classes) > 2):
+        told = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        raise CleaningError(
+            f"{source.where}.positive_label: expected one of two classes, found '{alike}'. The classes are: {told}"
+        )
+    if alike is None:
+        alike = _ALIKE.get(tuple(name.lower() for name in classes))
+    if alike is not None:
+        connection.execute(
+            "UPDATE rows SET score = (lower(label) = lower($alike))::DOUBLE WHERE sentence2 IS NOT NULL",
+            {"alike": alike},
         )
 
 

@@ -9,12 +9,16 @@ import duckdb
 
 from embed_pipeline.cleaning import reasons
 from embed_pipeline.cleaning.clean import MEMORY_LIMIT
+from embed_pipeline.cleaning.elsewhere import Apart
 from embed_pipeline.cleaning.normalise import create_macros
+from embed_pipeline.settings import SourceSettings
 from embed_pipeline.tables import (
+    EXAMPLES_FILE,
     MERGED_FILE,
     PASSAGES_FILE,
     QRELS_FILE,
     QUERIES_FILE,
+    REJECTED_EXAMPLES_FILE,
     REJECTED_FILE,
     SPLITS,
     WITHHELD_FILE,
@@ -183,6 +187,68 @@ def verify(folder: Path, raw_file: Path | None = None) -> list[str]:
                 connection.execute(f"CREATE TEMP TABLE {table} AS {query}")
             promises |= _PROMISES_TO_RAW
         found = [(promise, connection.execute(query).fetchall()) for promise, query in promises.items()]
+    return [f"{promise}: broken {len(rows)} time(s), e.g. {_examples(rows)}" for promise, rows in found if rows]
+
+
+_EXAMPLE_PROMISES = {
+    "an example_id stands once": "SELECT example_id FROM examples GROUP BY example_id HAVING count(*) > 1",
+    "a split is train, dev or test": f"SELECT split FROM examples WHERE split NOT IN {SPLITS}",
+    "a reason is a known one": f"SELECT reason FROM rejected WHERE reason NOT IN {tuple(reasons.EXAMPLE_REASONS)}",
+    "a row is rejected once": (
+        "SELECT source || ' row ' || row_number FROM rejected GROUP BY source, row_number HAVING count(*) > 1"
+    ),
+    "a score lies between 0 and 1": "SELECT example_id FROM examples WHERE NOT (score BETWEEN 0 AND 1)",
+    "what the kind needs is there": """SELECT example_id FROM examples WHERE CASE $kind WHEN 'scored'
+        THEN score IS NULL OR sentence2 IS NULL WHEN 'labelled' THEN label IS NULL ELSE sentence2 IS NULL END""",
+    "no two sentences, in either order, and no group stand in two splits": """
+        SELECT min(shown) FROM (
+            SELECT split, unnest(pair_keys(folded(sentence1), folded(sentence2))) AS key, sentence1 AS shown
+            FROM examples WHERE sentence2 IS NOT NULL UNION ALL SELECT split, group_id, group_id FROM examples
+        ) GROUP BY key HAVING count(DISTINCT split) > 1""",
+    "no text stands in two splits": """
+        SELECT min(text) FROM (
+            SELECT split, text, unnest(text_keys(folded(text))) AS key
+            FROM (SELECT split, unnest([sentence1, sentence2]) AS text FROM examples) WHERE text IS NOT NULL
+        ) WHERE $apart = 'texts' GROUP BY key HAVING count(DISTINCT split) > 1""",
+}
+_EXAMPLE_PROMISES_TO_RAW = {
+    "a rejected row is a raw row": f"SELECT {_ROW} FROM rejected ANTI JOIN raw USING (source, row_number)",
+    "every kept row is an example, as it was delivered": f"""
+        SELECT {_ROW} FROM kept ANTI JOIN examples e ON e.sentence1 = kept.sentence1
+        AND e.sentence2 IS NOT DISTINCT FROM kept.sentence2 AND e.label IS NOT DISTINCT FROM kept.label
+        AND ($kind <> 'scored' OR abs(e.score - (kept.score - $low) / ($high - $low)) < 1e-9)""",
+    "an example was delivered, once": """
+        SELECT example_id FROM examples e LEFT JOIN kept k ON e.sentence1 = k.sentence1
+        AND e.sentence2 IS NOT DISTINCT FROM k.sentence2 GROUP BY example_id HAVING count(k.source) <> 1""",
+    "a delivered dev or test row stays what it is": f"""
+        SELECT {_ROW} FROM kept JOIN examples e ON e.sentence1 = kept.sentence1
+        AND e.sentence2 IS NOT DISTINCT FROM kept.sentence2 WHERE e.split <> kept.held_out""",
+}
+
+
+def verify_examples(folder: Path, source: SourceSettings, apart: Apart, raw_file: Path | None = None) -> list[str]:
+    """The same for the tables that `examples.clean_examples` wrote; `apart` is what its report says of the splits."""
+    low, high = source.score_range or (0.0, 1.0)
+    told = {"kind": source.kind, "apart": apart, "low": low, "high": high}
+    with duckdb.connect(config={"memory_limit": MEMORY_LIMIT}) as connection:
+        create_macros(connection)
+        for table, name in (("examples", EXAMPLES_FILE), ("rejected", REJECTED_EXAMPLES_FILE)):
+            connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{_quoted(folder / name)}')")
+        promises = dict(_EXAMPLE_PROMISES)
+        if raw_file is not None:
+            connection.execute(f"CREATE VIEW raw AS SELECT * FROM read_parquet('{_quoted(raw_file)}')")
+            connection.execute(
+                """CREATE TEMP TABLE kept AS
+                   SELECT source, row_number, lines(sentence1) AS sentence1, lines(sentence2) AS sentence2, score,
+                       one_line(label) AS label, CASE lower(trim(split)) WHEN 'test' THEN 'test' WHEN 'dev' THEN 'dev'
+                           WHEN 'val' THEN 'dev' WHEN 'validation' THEN 'dev' END AS held_out
+                   FROM raw ANTI JOIN rejected USING (source, row_number)"""
+            )
+            promises |= _EXAMPLE_PROMISES_TO_RAW
+        found = []
+        for promise, query in promises.items():
+            given = {key: value for key, value in told.items() if f"${key}" in query}
+            found.append((promise, connection.execute(query, given).fetchall()))
     return [f"{promise}: broken {len(rows)} time(s), e.g. {_examples(rows)}" for promise, rows in found if rows]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +14,7 @@ import pyarrow as pa
 from embed_pipeline.errors import ArtifactError
 from embed_pipeline.mining.report import MiningReport, MiningTimes, examples_of, score_summary
 from embed_pipeline.mining.select import ORIGINS, REASONS, Candidates, Selection, select
+from embed_pipeline.mining.teacher import CrossEncoderTeacher, ScoresPairs, TeacherScores, delivered_scores
 from embed_pipeline.models.collection import Collection, load_collection
 from embed_pipeline.models.search import pair_scores, search
 from embed_pipeline.settings import MiningSettings
@@ -36,12 +36,6 @@ class EncodesTexts(Protocol):
     def encode_passages(self, texts: Sequence[str], *, progress: bool = True) -> np.ndarray: ...
 
 
-class ScoresPairs(Protocol):
-    """What mining needs of `models.reranker.Reranker`."""
-
-    def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool = True) -> np.ndarray: ...
-
-
 def mine(
     cleaned: Path,
     embedder: EncodesTexts,
@@ -50,7 +44,8 @@ def mine(
     out: Path,
     *,
     splits: Sequence[str] = ("train",),
-    veto: ScoresPairs | None = None,
+    cross_encoder: ScoresPairs | None = None,
+    keep_scored: bool = False,
     progress: bool = True,
 ) -> MiningReport:
     """Mine hard negatives for every query of `splits` that has a positive; see `select.select` for the rules.
@@ -60,11 +55,15 @@ def mine(
     all passages, whatever split their own queries are in: a passage is not a question, and a test passage as a
     negative teaches nothing about its question.
 
+    Positives and the negatives taken carry a teacher's scores: the logits of `cross_encoder`, else what the judgements
+    came with; a query of which a text has none carries none. Without a cross-encoder, `keep_scored` lets queries whose
+    positives and given negatives all came with scores keep to these, since no other negative would have one.
+
     Raises ArtifactError when `cleaned` is incomplete or holds no such query, ModelError when an embedding is not
-    finite, ValueError when `veto` and `settings.cross_encoder` are not given together.
+    finite, ValueError when `cross_encoder` and `settings.cross_encoder` are not given together.
     """
-    if (veto is None) != (settings.cross_encoder is None):
-        raise ValueError("`veto` (the model) and `settings.cross_encoder` (its limits) go together")
+    if (cross_encoder is None) != (settings.cross_encoder is None):
+        raise ValueError("`cross_encoder` (the model) and `settings.cross_encoder` (its limits) go together")
     collection = load_collection(cleaned, splits)
     if not len(collection.query_ids):
         raise ArtifactError(
@@ -79,7 +78,12 @@ def mine(
     indices, scores = search(queries, passages, settings.top_k, progress=progress)
     searched = time.perf_counter()
     logger.info("selecting negatives among the top %d of %d queries", settings.top_k, len(collection.queries))
-    judge = _Veto(collection, veto, settings, progress) if veto is not None else None
+    if cross_encoder is not None and settings.cross_encoder is not None:
+        teacher = CrossEncoderTeacher(collection, cross_encoder, settings.cross_encoder, progress)
+        veto, closed = (teacher if settings.cross_encoder.max_score_ratio is not None else None), None
+    else:
+        teacher, veto = delivered_scores(cleaned, collection), None
+        closed = _all_scored(collection, teacher) if keep_scored else None
     selection = select(
         Candidates(
             indices,
@@ -93,12 +97,14 @@ def mine(
         settings,
         seed,
         lambda query, passage: pair_scores(queries, passages, query, passage),
-        judge,
+        veto,
+        closed=closed,
     )
     positive_query, positive_passage = collection.positives()
     positive_scores = pair_scores(queries, passages, positive_query, positive_passage)
     selected = time.perf_counter()
-    write(_hard_negatives(collection, selection, positive_scores), HARD_NEGATIVES, out / HARD_NEGATIVES_FILE)
+    taught = (teacher.of(positive_query, positive_passage), teacher.of(selection.query, selection.passage))
+    write(_hard_negatives(collection, selection, positive_scores, taught), HARD_NEGATIVES, out / HARD_NEGATIVES_FILE)
     write(_refused(collection, selection), REFUSED, out / REFUSED_FILE)
     times = MiningTimes(encode=encoded - started, search=searched - encoded, select=selected - searched)
     report = _report(collection, selection, positive_scores, settings, embedder.precision, times)
@@ -106,44 +112,32 @@ def mine(
     return report
 
 
-@dataclass
-class _Veto:
-    """Refuses a passage whose sigmoid(score) exceeds `max_score_ratio` times that of the query's best positive.
-
-    The best, not the lowest as for the embedder's threshold: a positive the cross-encoder does not understand would
-    otherwise refuse everything.
-    """
-
-    collection: Collection
-    model: ScoresPairs
-    settings: MiningSettings
-    progress: bool
-
-    def __post_init__(self) -> None:
-        query, passage = self.collection.positives()
-        best = np.full(len(self.collection.query_ids), -np.inf)
-        np.maximum.at(best, query, self._scores(query, passage))
-        self.best = best
-
-    def __call__(self, query: np.ndarray, passage: np.ndarray) -> np.ndarray:
-        assert self.settings.cross_encoder is not None
-        return self._scores(query, passage) > self.settings.cross_encoder.max_score_ratio * self.best[query]
-
-    def _scores(self, query: np.ndarray, passage: np.ndarray) -> np.ndarray:
-        pairs = [
-            (self.collection.queries[q], self.collection.texts[p])
-            for q, p in zip(query.tolist(), passage.tolist(), strict=True)
-        ]
-        # 1 / (1 + exp(-x)) without overflow.
-        return 0.5 * (1.0 + np.tanh(0.5 * self.model.score(pairs, progress=self.progress).astype(np.float64)))
+def _all_scored(collection: Collection, teacher: TeacherScores) -> np.ndarray:
+    """(n,) bool: queries with a given negative whose positives and given negatives all have a score."""
+    closed = np.zeros(len(collection.query_ids), dtype=bool)
+    closed[collection.negatives()[0]] = True
+    closed[collection.judged_query[np.isnan(teacher.of(collection.judged_query, collection.judged_passage))]] = False
+    return closed
 
 
-def _hard_negatives(collection: Collection, selection: Selection, positive_scores: np.ndarray) -> pa.Table:
+def _hard_negatives(
+    collection: Collection,
+    selection: Selection,
+    positive_scores: np.ndarray,
+    taught: tuple[np.ndarray, np.ndarray],
+) -> pa.Table:
     count = len(collection.query_ids)
     positive_query, positive_passage = collection.positives()
     ids = pa.array(collection.passage_ids, pa.string())
     positives = _offsets(positive_query, count)
     negatives = _offsets(selection.query, count)
+    untaught = np.zeros(count, dtype=bool)
+    for query, scores in zip((positive_query, selection.query), taught, strict=True):
+        untaught[query[np.isnan(scores)]] = True
+    teacher = {
+        f"{what}_teacher_scores": pa.ListArray.from_arrays(offsets, pa.array(scores), mask=pa.array(untaught))
+        for what, offsets, scores in zip(("positive", "negative"), (positives, negatives), taught, strict=True)
+    }
     columns = {
         "query_id": pa.array(collection.query_ids, pa.string()),
         "positive_ids": pa.ListArray.from_arrays(positives, ids.take(pa.array(positive_passage))),
@@ -154,7 +148,7 @@ def _hard_negatives(collection: Collection, selection: Selection, positive_score
             negatives, pa.array(np.array(ORIGINS, dtype=object)[selection.origin], pa.string())
         ),
     }
-    return pa.table(columns)
+    return pa.table({**columns, **teacher})
 
 
 def _refused(collection: Collection, selection: Selection) -> pa.Table:

@@ -82,6 +82,7 @@ def select(
     scores_of: PairScores,
     veto: Veto | None = None,
     *,
+    closed: np.ndarray | None = None,
     queries_per_step: int = QUERIES_PER_STEP,
 ) -> Selection:
     """Choose up to `num_negatives` for each query: given ones first, then mined, then random.
@@ -90,7 +91,7 @@ def select(
     negatives are a person's judgement, so neither threshold, window nor veto applies to them; the hardest go first.
     Mined ones have a rank (0-based, positives counted) in [range_min, top_k) and a score up to `thresholds`. Random
     ones come from outside the retrieved top_k, since what is inside was passed over for a reason; a corpus too small
-    gives fewer.
+    gives fewer. Queries that are `closed`, (n,) bool, get given ones only.
 
     A query's negatives depend on its own candidates, the settings, and (seed, query_id): not on the order of the
     queries, on other queries, or on `queries_per_step`.
@@ -107,6 +108,8 @@ def select(
     given_query, given_passage = parts[0].query, parts[0].passage
     judged = np.sort(forbidden.keys(given_query, given_passage))
     missing = settings.num_negatives - np.bincount(given_query, minlength=len(candidates.query_ids))
+    if closed is not None:
+        missing[closed] = 0
     for start in range(0, len(candidates.query_ids), queries_per_step):
         rows = np.arange(start, min(start + queries_per_step, len(candidates.query_ids)))
         mined = _mine_rows(rows, candidates, settings, seed, forbidden, judged, allowed, missing, veto)

@@ -44,6 +44,12 @@ _CHECKS = {
     "given negative was not judged as not relevant": """
         SELECT query_id, passage_id FROM (SELECT * FROM negative WHERE origin = 'given')
         ANTI JOIN (SELECT * FROM qrels WHERE relevance <= 0) USING (query_id, passage_id)""",
+    "teacher's scores are not one a text": """
+        SELECT query_id, NULL AS passage_id FROM hard_negatives
+        WHERE (positive_teacher_scores IS NULL) <> (negative_teacher_scores IS NULL)
+            OR len(positive_teacher_scores) <> len(positive_ids) OR len(negative_teacher_scores) <> len(negative_ids)
+            OR list_contains(list_transform(
+                list_concat(positive_teacher_scores, negative_teacher_scores), lambda s: NOT isfinite(s)), true)""",
     "mined negative scores above the threshold": """
         SELECT query_id, passage_id FROM negative WHERE origin = 'mined' AND (
             score::DOUBLE > lowest_positive - (1.0 - $ratio::DOUBLE) * abs(lowest_positive)

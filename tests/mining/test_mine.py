@@ -18,7 +18,7 @@ from embed_pipeline.mining.report import MiningReport
 from embed_pipeline.mining.retrieve import retrieve
 from embed_pipeline.mining.verify import verify
 from embed_pipeline.models.embedder import Embedder
-from embed_pipeline.settings import MiningSettings, ModelSource, VetoSettings
+from embed_pipeline.settings import CrossEncoderSettings, MiningSettings, ModelSource
 from embed_pipeline.tables import CANDIDATES, HARD_NEGATIVES, HARD_NEGATIVES_FILE, REFUSED, REFUSED_FILE
 
 # Cosines to the one query: the positive p0 scores 0.8, its threshold at 95 % is 0.76.
@@ -101,12 +101,14 @@ def test_withheld_pairs_are_no_negatives_and_no_positives(
 def test_veto_replaces_what_it_refuses(scene: tuple[Path, GivenEmbedder, Path]) -> None:
     cleaned, embedder, out = scene
     reranker = GivenReranker(lambda _, passage: {"p0": 1.0, "p4": 1.1, "p6": 0.5}.get(passage, -9.0))
-    settings = MiningSettings(num_negatives=2, veto=VetoSettings(model=ModelSource(path=Path("veto"))))
-    report = mine(cleaned, embedder, settings, 0, out, veto=reranker, progress=False)
+    settings = MiningSettings(num_negatives=2, cross_encoder=CrossEncoderSettings(model=ModelSource(path=Path("veto"))))
+    report = mine(cleaned, embedder, settings, 0, out, cross_encoder=reranker, progress=False)
     [row] = pq.read_table(out / HARD_NEGATIVES_FILE).to_pylist()
-    # The judged p5 is not asked about; p4 is refused, p6 (sigmoid .62 against .73) is not.
+    # p4 is refused, p6 (sigmoid .62 against .73) is not; the judged p5 is not asked about, only scored in the end.
     assert row["negative_ids"] == ["id5", "id6"]
-    assert reranker.seen == [("q0", "p0"), ("q0", "p4"), ("q0", "p6")]
+    assert reranker.seen == [("q0", "p0"), ("q0", "p4"), ("q0", "p6"), ("q0", "p5")]
+    assert (row["positive_teacher_scores"], row["negative_teacher_scores"]) == ([1.0], [-9.0, 0.5])
+    assert verify(out, cleaned, settings) == []
     assert report.refused["vetoed"] == 1
     with pytest.raises(ValueError, match="go together"):
         mine(cleaned, embedder, settings, 0, out)
@@ -122,6 +124,8 @@ def test_verify_sees_each_broken_promise(scene: tuple[Path, GivenEmbedder, Path]
         "positive_scores": [0.8, 0.8],
         "negative_scores": [0.8, 0.7, 0.4, 0.4, 0.1, 0.79, 0.3],
         "negative_origins": ["random"] * 5 + ["mined", "given"],
+        "positive_teacher_scores": [1.0, 2.0],
+        "negative_teacher_scores": [0.0],
     }
     rows = [row, {name: "b" if name == "query_id" else [] for name in HARD_NEGATIVES.names}]
     pq.write_table(pa.Table.from_pylist(rows, schema=HARD_NEGATIVES), out / HARD_NEGATIVES_FILE)
