@@ -25,12 +25,13 @@ class Due:
 def retraining_due(pipeline: Pipeline) -> Due:
     """Whether the raw files, the cleaned pairs or a model are not what the current evaluation stands for.
 
-    A candidate that was evaluated and refused is not due: the same again would be refused again. Where the source has
+    A candidate that was evaluated and refused is not due: the same again would be refused again. Where a source has
     a script, only a run can tell what it builds, so a run is always due; it trains only if the cleaned pairs changed.
     What cannot be seen or read is due as well: the run fails with the cause, where somebody notices.
     """
-    if pipeline.settings.source.script is not None:
-        return Due(True, "source.script builds the raw files anew: the run will find out whether they changed")
+    built = [source.where for source in pipeline.settings.sources if source.script is not None]
+    if built:
+        return Due(True, f"{built[0]}.script builds the raw files anew: the run will find out whether they changed")
     try:
         for reason in (_raw_files_changed, _not_made_of_each_other, _not_promoted):
             if found := reason(pipeline):
@@ -58,16 +59,16 @@ def raw_rows_read(pipeline: Pipeline) -> Read | None:
 
 
 def _raw_files_changed(pipeline: Pipeline) -> str | None:
-    source, folder = pipeline.settings.source, pipeline.folder
+    sources, folder = pipeline.settings.sources, pipeline.folder
     read = raw_rows_read(pipeline)
     if read is None:
         return "raw_pairs was never made from these files with these settings"
-    files = look(source, folder)
+    files = look(sources, folder)
     if state_digest(files) == read.state:
         return None
     if sum(file.bytes for file in files) > MOST_BYTES:
         return f"the raw files are not as raw_pairs {read.version} found them: the run will find out what changed"
-    if content_digest(fingerprint(source, folder)) == read.content:
+    if content_digest(fingerprint(sources, folder)) == read.content:
         return None
     return f"the raw files are not those that raw_pairs {read.version} was read from"
 
@@ -76,7 +77,9 @@ def _not_made_of_each_other(pipeline: Pipeline) -> str | None:
     """The first stage that was not made from what is current before it."""
     store, final = pipeline.store, pipeline.settings.final_embedder
     merged = ("merged_embedder",) if final == "merged_embedder" else ()
-    for asset in ("cleaned_pairs", "hard_negatives", "embedder", *merged, "reranker", "evaluation"):
+    mined = ("hard_negatives",) if pipeline.settings.source.is_retrieval else ()
+    reranked = ("reranker",) if pipeline.settings.reranker is not None else ()
+    for asset in ("cleaned_pairs", *mined, "embedder", *merged, *reranked, "evaluation"):
         if not store.has_current(asset):
             return f"{asset} was never made"
         artifact = store.current(asset)
@@ -90,9 +93,8 @@ def _not_made_of_each_other(pipeline: Pipeline) -> str | None:
 def _not_promoted(pipeline: Pipeline) -> str | None:
     """A candidate that passed the gate and yet does not serve, because its promotion failed."""
     store = pipeline.store
-    evaluation, embedder, reranker = (
-        store.current(asset) for asset in ("evaluation", pipeline.settings.final_embedder, "reranker")
-    )
+    evaluation, embedder = (store.current(asset) for asset in ("evaluation", pipeline.settings.final_embedder))
+    reranker = store.current("reranker") if pipeline.settings.reranker is not None else None
     key, history = pair_key(embedder, reranker), read_history(store)
     serves = history.champion is not None and history.champion.key == key
     if evaluation.report["gate"]["outcome"] != "promote" or serves or history.taken_down(key):

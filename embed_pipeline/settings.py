@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from embed_pipeline.library_arguments import check_arguments
 from embed_pipeline.losses import (
     DEFAULT_LOSSES,
     EMBEDDER_LOSSES,
@@ -219,7 +220,22 @@ class SourceSettings(Settings):
     score_range: tuple[float, float] | None = Field(
         None, description="scored: the scale of the scores, e.g. [1, 5]; mapped to 0..1. Unset: they are on it already"
     )
+    positive_label: str | None = Field(
+        None,
+        description="labelled: which of two classes means that the two sentences are alike; unset: 1 of 0 and 1, true "
+        "of false and true. Losses and figures over pairs that are alike or not need it",
+    )
     license: str | None = Field(None, description="of the data, for the model card, e.g. cc-by-4.0")
+
+    @property
+    def where(self) -> str:
+        """The place in the YAML, for messages."""
+        return "source"
+
+    @property
+    def extra_name(self) -> str | None:
+        """The name of an extra source; None: the pipeline's own."""
+        return None
 
     @property
     def is_retrieval(self) -> bool:
@@ -239,6 +255,8 @@ class SourceSettings(Settings):
             raise ValueError("`script` and `script_output` go together")
         if self.extra_corpus is not None and not self.is_retrieval:
             raise ValueError(f"`extra_corpus` does not belong to a source of kind '{self.kind}': nothing is searched")
+        if self.positive_label is not None and self.kind != "labelled":
+            raise ValueError(f"`positive_label` does not belong to a source of kind '{self.kind}'")
         if self.score_range is not None:
             if self.kind != "scored":
                 raise ValueError(f"`score_range` does not belong to a source of kind '{self.kind}'")
@@ -571,6 +589,14 @@ class ExtraSourceSettings(SourceSettings, LossSettings):
     reranker_loss: str | None = Field(None, description="a cross-encoder loss; unset: the reranker does not learn it")
     reranker_loss_arguments: dict[str, Any] = Field(default_factory=dict, description="of that loss, by its own names")
 
+    @property
+    def where(self) -> str:
+        return f"extra_sources.{self.name}"
+
+    @property
+    def extra_name(self) -> str | None:
+        return self.name
+
     @model_validator(mode="after")
     def _losses_of_this_kind(self) -> ExtraSourceSettings:
         if self.extra_corpus is not None:
@@ -724,6 +750,7 @@ class CardSettings(Settings):
 
     license: str | None = Field(None, description="of the trained models, e.g. apache-2.0; an identifier of the Hub")
     language: tuple[str, ...] = Field((), description="e.g. [en, zh]")
+    datasets: tuple[str, ...] = Field((), description="data sets on the Hub that the sources came from, by their ids")
     intended_use: str | None = Field(None, description="what the models are for, and what they are not for")
     widget_examples: int = Field(3, ge=0, description="test questions with passages that show the model in the card")
 
@@ -793,16 +820,41 @@ class PipelineSettings(Settings):
     hub: HubSettings | None = None
 
     @property
+    def sources(self) -> tuple[SourceSettings, ...]:
+        """The pipeline's own source, then the extra ones: the order in which they are read and cleaned."""
+        return (self.source, *self.extra_sources)
+
+    @property
+    def mines(self) -> bool:
+        """Whether there is a source to mine hard negatives for."""
+        return any(source.is_retrieval for source in self.sources)
+
+    @property
+    def learns_given_scores(self) -> bool:
+        """Whether a loss learns the teacher's scores that the rows came with: there is no cross-encoder to give any."""
+        if self.mining.cross_encoder is not None:
+            return False
+        told = [(self.embedder.loss_for(self.source.kind), EMBEDDER_LOSSES)]
+        told += [(extra.loss_for(extra.kind), EMBEDDER_LOSSES) for extra in self.extra_sources]
+        told += [(self.reranker.loss, RERANKER_LOSSES)] if self.reranker is not None else []
+        told += [(e.reranker_loss, RERANKER_LOSSES) for e in self.extra_sources if e.reranker_loss is not None]
+        stages = (self.embedder, self.reranker)
+        return any("teacher_scores" in losses[name].needs for name, losses in told) or any(
+            stage.knowledge_distillation for stage in stages if stage is not None
+        )
+
+    @property
     def final_embedder(self) -> Literal["embedder", "merged_embedder"]:
         """The asset whose model goes on to the reranker, the evaluation and the gate."""
         return "merged_embedder" if self.forgetting.guards and self.forgetting.merging != "off" else "embedder"
 
     @model_validator(mode="after")
     def _nothing_to_watch(self) -> PipelineSettings:
-        if self.automation.watch and self.source.script is not None:
+        built = [source.where for source in self.sources if source.script is not None]
+        if self.automation.watch and built:
             raise ValueError(
-                "automation.watch: source.script builds the raw files anew in every run, so watching them would never "
-                "rest. Leave `watch` out; `retrain` with a cron line runs the script at that time"
+                f"automation.watch: {built[0]}.script builds the raw files anew in every run, so watching them would "
+                "never rest. Leave `watch` out; `retrain` with a cron line runs the script at that time"
             )
         return self
 
@@ -827,7 +879,7 @@ class PipelineSettings(Settings):
         if kind == "scored":
             if self.reranker is not None:
                 raise ValueError("`reranker`: scored pairs have no corpus, so there is nothing to rerank. Leave it out")
-            if self.mining != MiningSettings():
+            if self.mining != MiningSettings() and not self.mines:
                 raise ValueError("`mining`: scored pairs are not mined. Leave it out")
             if self.embedder.engine == "flag-embedding":
                 raise ValueError("embedder.engine: flag-embedding learns from retrieval kinds only, not scored pairs")
@@ -839,6 +891,14 @@ class PipelineSettings(Settings):
             )
         if self.hub is not None and self.hub.reranker is not None and self.reranker is None:
             raise ValueError("hub.reranker: this pipeline has no reranker")
+        return self
+
+    @model_validator(mode="after")
+    def _arguments_of_the_libraries(self) -> PipelineSettings:
+        if problem := check_arguments("embedder", self.embedder):
+            raise ValueError(f"embedder.arguments: {problem}")
+        if self.reranker is not None and (problem := check_arguments("reranker", self.reranker)):
+            raise ValueError(f"reranker.arguments: {problem}")
         return self
 
     @model_validator(mode="after")

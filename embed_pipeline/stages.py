@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,26 +27,30 @@ from embed_pipeline.models.folder import pair_length
 from embed_pipeline.models.source import locate, weights_digest
 from embed_pipeline.settings import (
     SMOKE_TEST_QUERIES,
+    LossSettings,
     MiningSettings,
     ModelSource,
     PipelineSettings,
     Settings,
+    SourceSettings,
     TrainingSettings,
     smoke_test_of,
 )
 from embed_pipeline.sources.fingerprint import content_digest, fingerprint, look, refuse_changed, state_digest
-from embed_pipeline.sources.read import read_sources
+from embed_pipeline.sources.read import ReadFile, raw_table, read_sources, refuse_other_prompts
 from embed_pipeline.sources.sample import sample_rows
-from embed_pipeline.sources.script import run_script
+from embed_pipeline.sources.script import run_scripts
 from embed_pipeline.tables import (
     CANDIDATES,
     CANDIDATES_FILE,
+    EXAMPLES_FILE,
     HARD_NEGATIVES_FILE,
     PASSAGES_FILE,
     QRELS_FILE,
     QUERIES_FILE,
-    RAW_FILE,
     WITHHELD_FILE,
+    extra_folder,
+    source_folder,
     write,
 )
 from embed_pipeline.tracking.runs import TrackedRun, tracked_run
@@ -63,9 +67,9 @@ if TYPE_CHECKING:
 
 # Part of every recipe: raise a stage's number when a change to its code changes what it makes.
 CODE_VERSIONS = {
-    "raw_pairs": "1",
-    "cleaned_pairs": "2",
-    "hard_negatives": "1",
+    "raw_pairs": "2",
+    "cleaned_pairs": "3",
+    "hard_negatives": "2",
     "embedder": "1",
     "merged_embedder": "1",
     "reranker": "1",
@@ -133,33 +137,53 @@ class Pipeline:
 
 def make_raw_pairs(pipeline: Pipeline) -> Produced:
     """The user's files -> one raw parquet table."""
-    source = pipeline.settings.source
-    run_script(source, pipeline.folder)
-    state = state_digest(look(source, pipeline.folder))
-    files = fingerprint(source, pipeline.folder)
+    settings, folder = pipeline.settings, pipeline.folder
+    run_scripts(settings.sources, folder)
+    state = state_digest(look(settings.sources, folder))
+    files = fingerprint(settings.sources, folder)
 
     def make(out: Path) -> Made:
-        report = read_sources(source, pipeline.folder, out)
+        reports: dict[str | None, dict[str, Any]] = {}
+        for source in settings.sources:
+            rows = source_folder(out, source.extra_name)
+            rows.mkdir(parents=True, exist_ok=True)
+            report = read_sources(source, folder, rows)
+            refuse_other_prompts(report.files, settings.embedder.encoding)
+            if pipeline.smoke_test:
+                by_kind = sample_rows(rows, SMOKE_TEST_QUERIES, settings.seed)
+                report = report.model_copy(update={"rows": sum(by_kind.values()), "rows_by_kind": by_kind})
+            reports[source.extra_name] = report.model_dump(mode="json")
         # A file that was still being written would tie rows to a recipe that other rows have.
-        refuse_changed(files, source, pipeline.folder)
-        if pipeline.smoke_test:
-            by_kind = sample_rows(out, SMOKE_TEST_QUERIES, pipeline.settings.seed)
-            report = report.model_copy(update={"rows": sum(by_kind.values()), "rows_by_kind": by_kind})
-        return pipeline.untracked(report)
+        refuse_changed(files, settings.sources, folder)
+        extra = {name: report for name, report in reports.items() if name is not None}
+        return Made({**reports[None], "extra_sources": extra}, RunIds(dagster=pipeline.dagster_run_id))
 
+    content = [_handed_over(source, raw_table(source)[0]) for source in settings.sources]
     produced = pipeline.store.produce(
-        "raw_pairs", raw_recipe(pipeline, content_digest(files)), [], make, content=[RAW_FILE]
+        "raw_pairs", raw_recipe(pipeline, content_digest(files)), [], make, content=content
     )
+    if produced.reused:
+        told = produced.artifact.report
+        for report in (told, *told["extra_sources"].values()):
+            refuse_other_prompts([ReadFile.model_validate(one) for one in report["files"]], settings.embedder.encoding)
     pipeline.store.note_read(produced.artifact, state)
     return produced
 
 
 def raw_recipe(pipeline: Pipeline, files: str) -> Recipe:
     """What decides the raw rows; `files` is the `content_digest` of the raw files."""
-    told = pipeline.settings.source.model_dump(mode="json")
+    # What is done with the rows, and under which licence, decides nothing here.
+    keys = {"name", *SourceSettings.model_fields} - {"license", "score_range", "positive_label"}
+    source, *extra = (source.model_dump(mode="json", include=keys) for source in pipeline.settings.sources)
+    told = {**source, "extra_sources": extra}
     if pipeline.smoke_test:
         told["sampled_queries"] = SMOKE_TEST_QUERIES
     return pipeline.recipe("raw_pairs", [], {"files": files}, told)
+
+
+def _handed_over(source: SourceSettings, name: str) -> str:
+    """A source's table, relative to the artifact's folder."""
+    return source_folder(Path(), source.extra_name).joinpath(name).as_posix()
 
 
 def make_cleaned_pairs(pipeline: Pipeline) -> Produced:
@@ -168,49 +192,79 @@ def make_cleaned_pairs(pipeline: Pipeline) -> Produced:
     raw = pipeline.store.current("raw_pairs")
 
     def make(out: Path) -> Made:
-        from embed_pipeline.cleaning.clean import clean
-        from embed_pipeline.cleaning.verify import verify
+        from embed_pipeline.cleaning.sources import clean_sources, told, verify_sources, verify_sources_apart
 
-        report = clean(raw.path / RAW_FILE, settings.cleaning, settings.seed, out)
-        if broken := verify(out, raw.path / RAW_FILE):
+        reports = clean_sources(raw.path, settings.sources, settings.cleaning, settings.seed, out)
+        broken = verify_sources(raw.path, out, settings.sources, reports)
+        if broken := [*broken, *verify_sources_apart(out, settings.sources, reports)]:
             raise CleaningError(f"cleaning broke its own promises, nothing is published: {'; '.join(broken)}")
-        return pipeline.untracked(report)
+        return Made(told(reports), RunIds(dagster=pipeline.dagster_run_id))
 
-    recipe = pipeline.recipe("cleaned_pairs", [raw], {}, settings.cleaning.model_dump(mode="json"))
+    # How raw rows are to be understood.
+    keys = {"name", "kind", "score_range", "positive_label"}
+    sources = [source.model_dump(mode="json", include=keys) for source in settings.sources]
+    recipe = pipeline.recipe(
+        "cleaned_pairs", [raw], {}, {**settings.cleaning.model_dump(mode="json"), "sources": sources}
+    )
     # What was rejected is not handed over: a raw row more that is dropped must not retrain anything.
-    handed_over = [QUERIES_FILE, PASSAGES_FILE, QRELS_FILE, WITHHELD_FILE]
+    handed_over = [
+        _handed_over(source, name)
+        for source in settings.sources
+        for name in (
+            (QUERIES_FILE, PASSAGES_FILE, QRELS_FILE, WITHHELD_FILE) if source.is_retrieval else (EXAMPLES_FILE,)
+        )
+    ]
     return pipeline.store.produce("cleaned_pairs", recipe, [raw], make, content=handed_over)
 
 
 def make_hard_negatives(pipeline: Pipeline) -> Produced:
-    """Cleaned pairs -> hard negatives as the base embedder retrieves them."""
+    """Cleaned pairs -> hard negatives as the base embedder retrieves them, for each source that has questions."""
     settings = pipeline.settings
+    mined = [source for source in settings.sources if source.is_retrieval]
     cleaned = pipeline.store.current("cleaned_pairs")
     base = locate(settings.embedder.base_model, pipeline.folder)
     told = {"encoding": settings.embedder.encoding.model_dump(mode="json"), **_mining_told(pipeline, settings.mining)}
-    digests = {"base_embedder": weights_digest(base), **_veto_digest(pipeline)}
-    return pipeline.store.produce(
-        "hard_negatives",
-        pipeline.recipe("hard_negatives", [cleaned], digests, told),
-        [cleaned],
-        lambda out: pipeline.untracked(_mine(pipeline, cleaned.path, base_embedder(pipeline), settings.mining, out)),
-        content=[HARD_NEGATIVES_FILE],
-    )
+    digests = {"base_embedder": weights_digest(base), **_cross_encoder_digest(pipeline)}
+
+    def make(out: Path) -> Made:
+        embedder = base_embedder(pipeline)
+        reports: dict[str | None, dict[str, Any]] = {}
+        for source in mined:
+            folder = source_folder(out, source.extra_name)
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = source_folder(cleaned.path, source.extra_name)
+            report = _mine(pipeline, rows, embedder, settings.mining, folder)
+            reports[source.extra_name] = report.model_dump(mode="json")
+        extra = {name: report for name, report in reports.items() if name is not None}
+        return Made({**reports.get(None, {}), "extra_sources": extra}, RunIds(dagster=pipeline.dagster_run_id))
+
+    recipe = pipeline.recipe("hard_negatives", [cleaned], digests, told)
+    content = [_handed_over(source, HARD_NEGATIVES_FILE) for source in mined]
+    return pipeline.store.produce("hard_negatives", recipe, [cleaned], make, content=content)
 
 
 def make_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produced:
-    """Hard negatives -> fine-tuned embedder, by one torchrun job."""
+    """Cleaned pairs, with hard negatives where the source is mined -> fine-tuned embedder, by one torchrun job."""
     from embed_pipeline.training.job import EmbedderJob
 
-    settings = pipeline.settings.embedder
-    negatives = pipeline.store.current("hard_negatives")
-    # The split a model was trained on is the one its negatives were mined from, whatever is current by now.
-    cleaned = pipeline.store.get("cleaned_pairs", negatives.input("cleaned_pairs"))
+    settings, source = pipeline.settings.embedder, pipeline.settings.source
+    negatives = pipeline.store.current("hard_negatives") if source.is_retrieval else None
+    if negatives is None:
+        cleaned = pipeline.store.current("cleaned_pairs")
+    else:
+        # The split a model was trained on is the one its negatives were mined from, whatever is current by now.
+        cleaned = pipeline.store.get("cleaned_pairs", negatives.input("cleaned_pairs"))
+    inputs = [cleaned] if negatives is None else [cleaned, negatives]
     base = locate(settings.base_model, pipeline.folder)
     processes = processes_per_node(settings.nproc_per_node)
-    recipe = pipeline.recipe(
-        "embedder", [cleaned, negatives], {"base_embedder": weights_digest(base)}, _training_told(settings, processes)
-    )
+    guides, teachers = _learnt_from(pipeline, "guide"), _learnt_from(pipeline, "teacher")
+    digests = {
+        "base_embedder": weights_digest(base),
+        **{f"guide of {name}": weights_digest(folder) for name, folder in guides.items()},
+        **{f"teacher of {name}": weights_digest(folder) for name, folder in teachers.items()},
+    }
+    told = {**_training_told(settings, processes), **_extra_sources_told(pipeline, "embedder")}
+    recipe = pipeline.recipe("embedder", inputs, digests, told)
 
     def make(out: Path) -> Made:
         _load_guards(pipeline)  # a guard set that cannot be read is told before the training, not after
@@ -219,14 +273,19 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
             seed=pipeline.settings.seed,
             base_model=base,
             trust_remote_code=settings.base_model.trust_remote_code,
+            source_name=pipeline.settings.name,
+            source_kind=source.kind,
+            extra_sources=pipeline.settings.extra_sources,
             cleaned_pairs=cleaned.path,
-            hard_negatives=negatives.path,
+            hard_negatives=negatives.path if negatives is not None else None,
+            guides=guides,
+            teachers=teachers,
             output=out,
             world_size=processes,
         )
-        return _train(pipeline, "embedder", job, launch, [cleaned, negatives])
+        return _train(pipeline, "embedder", job, launch, inputs)
 
-    return pipeline.store.produce("embedder", recipe, [cleaned, negatives], make, content=None)
+    return pipeline.store.produce("embedder", recipe, inputs, make, content=None)
 
 
 def make_merged_embedder(pipeline: Pipeline) -> Produced:
@@ -310,8 +369,13 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
     recipe = pipeline.recipe(
         "reranker",
         [cleaned, embedder],
-        {"base_reranker": weights_digest(base), **_veto_digest(pipeline)},
-        {**_training_told(settings, processes), **_mining_told(pipeline, mining), "rerank_top_k": window},
+        {"base_reranker": weights_digest(base), **_cross_encoder_digest(pipeline)},
+        {
+            **_training_told(settings, processes),
+            **_mining_told(pipeline, mining),
+            **_extra_sources_told(pipeline, "reranker"),
+            "rerank_top_k": window,
+        },
     )
 
     def make(out: Path) -> Made:
@@ -320,6 +384,11 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
         pair_length(base, settings)  # lengths that the model cannot take are told before mining, not after
         fine_tuned = fine_tuned_embedder(pipeline, embedder)
         _mine(pipeline, cleaned.path, fine_tuned, mining, out)
+        for extra in pipeline.settings.extra_sources:
+            if extra.is_retrieval and extra.reranker_loss is not None:
+                folder = extra_folder(out, extra.name)
+                folder.mkdir(parents=True)
+                _mine(pipeline, extra_folder(cleaned.path, extra.name), fine_tuned, mining, folder)
         candidates = retrieve(cleaned.path, fine_tuned, "dev", window, settings.dev_queries, pipeline.settings.seed)
         write(candidates, CANDIDATES, out / CANDIDATES_FILE)
         job = RerankerJob(
@@ -327,6 +396,9 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
             seed=pipeline.settings.seed,
             base_model=base,
             trust_remote_code=trust_remote_code,
+            source_name=pipeline.settings.name,
+            source_kind=pipeline.settings.source.kind,
+            extra_sources=pipeline.settings.extra_sources,
             cleaned_pairs=cleaned.path,
             hard_negatives=Path(),
             dev_candidates=Path(CANDIDATES_FILE),
@@ -587,7 +659,7 @@ def device_kind() -> str:
 
 def _training_told(settings: TrainingSettings, processes: int) -> dict[str, Any]:
     """What of a training's settings decides its weights; the base model stands among the inputs."""
-    unimportant = {"base_model", "logging_steps", "nproc_per_node"}
+    unimportant = {"base_model", "guide", "teacher", "logging_steps", "nproc_per_node"}
     return {
         **settings.model_dump(mode="json", exclude=unimportant),
         "processes": processes,
@@ -595,17 +667,40 @@ def _training_told(settings: TrainingSettings, processes: int) -> dict[str, Any]
     }
 
 
+def _extra_sources_told(pipeline: Pipeline, model: Literal["embedder", "reranker"]) -> dict[str, Any]:
+    """What of the extra sources decides a model's weights, besides their rows: by source, how it is learnt from."""
+    of_reranker = {"reranker_loss", "reranker_loss_arguments"}
+    of_embedder = set(LossSettings.model_fields) - {"guide", "teacher"}
+    keys = {"train_rows", *(of_embedder if model == "embedder" else of_reranker)}
+    told = {
+        extra.name: extra.model_dump(mode="json", include=keys)
+        for extra in pipeline.settings.extra_sources
+        if model == "embedder" or extra.reranker_loss is not None
+    }
+    return {"extra_sources": told} if told else {}
+
+
+def _learnt_from(pipeline: Pipeline, key: Literal["guide", "teacher"]) -> dict[str, Path]:
+    """The folders of the sources' guides or teachers, by the source's name."""
+    settings = pipeline.settings
+    named: dict[str, LossSettings] = {settings.name: settings.embedder}
+    named |= {extra.name: extra for extra in settings.extra_sources}
+    found = {name: getattr(learn, key) for name, learn in named.items()}
+    return {name: locate(model, pipeline.folder) for name, model in found.items() if model is not None}
+
+
 def _mining_told(pipeline: Pipeline, mining: MiningSettings) -> dict[str, Any]:
     return {
         "mining": mining.model_dump(mode="json"),
+        **({"keep_scored": True} if pipeline.settings.learns_given_scores else {}),
         "encode_precision": pipeline.settings.encode_precision,
         "device": device_kind(),
     }
 
 
-def _veto_digest(pipeline: Pipeline) -> dict[str, str]:
-    veto = pipeline.settings.mining.cross_encoder
-    return {} if veto is None else {"veto": weights_digest(locate(veto.model, pipeline.folder))}
+def _cross_encoder_digest(pipeline: Pipeline) -> dict[str, str]:
+    told = pipeline.settings.mining.cross_encoder
+    return {} if told is None else {"cross_encoder": weights_digest(locate(told.model, pipeline.folder))}
 
 
 def _load_guards(pipeline: Pipeline) -> list[GuardSet]:
@@ -628,16 +723,24 @@ def _mine(pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: Minin
     from embed_pipeline.mining.mine import mine
     from embed_pipeline.models.reranker import Reranker
 
-    veto = None
+    cross_encoder = None
     if settings.cross_encoder is not None:
         source = settings.cross_encoder.model
-        veto = Reranker(
+        cross_encoder = Reranker(
             locate(source, pipeline.folder),
             max_length=settings.cross_encoder.max_length,
             precision=pipeline.settings.encode_precision,
             trust_remote_code=source.trust_remote_code,
         )
-    return mine(cleaned, embedder, settings, pipeline.settings.seed, out, veto=veto)
+    return mine(
+        cleaned,
+        embedder,
+        settings,
+        pipeline.settings.seed,
+        out,
+        cross_encoder=cross_encoder,
+        keep_scored=pipeline.settings.learns_given_scores,
+    )
 
 
 def _train(pipeline: Pipeline, asset: str, job: TrainingJob, launch: Launch, inputs: Sequence[Artifact]) -> Made:

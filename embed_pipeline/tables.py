@@ -16,6 +16,11 @@ def extra_folder(folder: Path, source: str) -> Path:
     return folder / "extra" / source
 
 
+def source_folder(folder: Path, extra: str | None) -> Path:
+    """Where the tables of a source lie: in `folder` itself those of the own source, whose name is None."""
+    return folder if extra is None else extra_folder(folder, extra)
+
+
 # --- raw_pairs: one row per delivered row, whatever file it came from ------------------------------------
 RAW_FILE = "raw_pairs.parquet"
 RAW = pa.schema(
@@ -84,7 +89,9 @@ EXAMPLES = pa.schema(
         pa.field("example_id", pa.string(), nullable=False),
         pa.field("sentence1", pa.string(), nullable=False),
         pa.field("sentence2", pa.string()),  # null for labelled texts that stand alone
-        pa.field("score", pa.float64()),  # scored: 0..1
+        # scored: 0..1; labelled pairs of two classes: 1 for the one that means alike (source.positive_label), 0 for
+        # the other, null where that is not known
+        pa.field("score", pa.float64()),
         pa.field("label", pa.string()),  # labelled: the class as delivered
         pa.field("split", pa.string(), nullable=False),
         pa.field("group_id", pa.string(), nullable=False),
@@ -185,6 +192,16 @@ RANKINGS = pa.schema(
         pa.field("rank", pa.int32(), nullable=False),  # 0-based
         pa.field("passage_id", pa.string(), nullable=False),
         pa.field("score", pa.float32(), nullable=False),
+    ]
+)
+
+SIMILARITIES_FILE = "similarities.parquet"  # of a pipeline of scored pairs, instead of the two tables above
+SIMILARITIES = pa.schema(
+    [
+        pa.field("system", pa.string(), nullable=False),
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("similarity", pa.float64(), nullable=False),  # cosine of the two sentences
+        pa.field("score", pa.float64(), nullable=False),  # what people gave them, 0..1
     ]
 )
 

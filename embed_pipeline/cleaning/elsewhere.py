@@ -107,9 +107,8 @@ def _collect(connection: duckdb.DuckDBPyConnection, sources: Sequence[CleanedSou
            (source VARCHAR, apart VARCHAR, split VARCHAR, what VARCHAR, key VARCHAR, shown VARCHAR)"""
     )
     for source in sources:
-        examples = source.folder / EXAMPLES_FILE
-        files = {"examples": examples}
-        if not examples.is_file():
+        files = {"examples": EXAMPLES_FILE}
+        if not (source.folder / EXAMPLES_FILE).is_file():
             files = {"queries": QUERIES_FILE, "passages": PASSAGES_FILE, "qrels": QRELS_FILE}
         rows = _EXAMPLES if "examples" in files else _RETRIEVAL
         connection.execute(

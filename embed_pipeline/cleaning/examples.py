@@ -388,7 +388,7 @@ def _write(
         write_stream(connection.sql(query).to_arrow_reader(BATCH_ROWS), schema, out / name)
     by_reason = counts("SELECT reason, count(*) FROM rejections GROUP BY reason")
     by_split = counts("SELECT split, count(*) FROM out_examples GROUP BY split")
-    means = connection.execute("SELECT split, avg(score) FROM out_examples GROUP BY split").fetchall()
+    means = connection.execute("SELECT split, round(avg(score), 6) FROM out_examples GROUP BY split").fetchall()
     classes = "SELECT label, count(*) AS n FROM out_examples GROUP BY label ORDER BY n DESC, label LIMIT 100"
     shared = connection.execute(
         """WITH texts AS (
@@ -397,7 +397,7 @@ def _write(
            SELECT count(*), count_if(key IN (SELECT key FROM texts WHERE trained)) FROM held"""
     ).fetchall()[0]
     return ExamplesReport(
-        kind=source.kind,  # type: ignore[arg-type]
+        kind=source.kind,
         raw_rows=raw_rows,
         kept_rows=kept,
         rejected_rows=rejected,

@@ -78,11 +78,13 @@ def mine(
     indices, scores = search(queries, passages, settings.top_k, progress=progress)
     searched = time.perf_counter()
     logger.info("selecting negatives among the top %d of %d queries", settings.top_k, len(collection.queries))
+    teacher: CrossEncoderTeacher | TeacherScores
+    veto = closed = None
     if cross_encoder is not None and settings.cross_encoder is not None:
         teacher = CrossEncoderTeacher(collection, cross_encoder, settings.cross_encoder, progress)
-        veto, closed = (teacher if settings.cross_encoder.max_score_ratio is not None else None), None
+        veto = teacher if settings.cross_encoder.max_score_ratio is not None else None
     else:
-        teacher, veto = delivered_scores(cleaned, collection), None
+        teacher = delivered_scores(cleaned, collection)
         closed = _all_scored(collection, teacher) if keep_scored else None
     selection = select(
         Candidates(

@@ -60,8 +60,8 @@ def delivered_scores(cleaned: Path, collection: Collection) -> TeacherScores:
     passage = pc.index_in(qrels["passage_id"], pa.array(collection.passage_ids, pa.string()))
     there = pc.and_(pc.is_valid(query), pc.is_valid(passage))
     scores = TeacherScores(len(collection.texts))
-    rows = (column.filter(there).to_numpy().astype(np.int64) for column in (query, passage))
-    scores.add(*rows, qrels["teacher_score"].filter(there).to_numpy())
+    query_rows, passage_rows = (column.filter(there).to_numpy().astype(np.int64) for column in (query, passage))
+    scores.add(query_rows, passage_rows, qrels["teacher_score"].filter(there).to_numpy())
     return scores
 
 

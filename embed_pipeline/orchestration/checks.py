@@ -6,25 +6,40 @@ from dataclasses import dataclass
 import dagster as dg
 
 from embed_pipeline.orchestration.reporting import gate_metadata, readable_errors
-from embed_pipeline.settings import MiningSettings
+from embed_pipeline.settings import MiningSettings, PipelineSettings
 from embed_pipeline.stages import Pipeline, negatives_of, trained_together
-from embed_pipeline.tables import HARD_NEGATIVES_FILE, RAW_FILE
+from embed_pipeline.tables import HARD_NEGATIVES_FILE, source_folder
 
 
 def splits_do_not_leak_and_rows_add_up(pipeline: Pipeline) -> list[str]:
-    from embed_pipeline.cleaning.verify import verify
+    from embed_pipeline.cleaning.sources import read_reports, verify_sources
 
     cleaned = pipeline.store.current("cleaned_pairs")
     raw = pipeline.store.get("raw_pairs", cleaned.input("raw_pairs"))
-    return verify(cleaned.path, raw.path / RAW_FILE)
+    sources = pipeline.settings.sources
+    return verify_sources(raw.path, cleaned.path, sources, read_reports(cleaned.report, sources))
+
+
+def sources_do_not_leak_into_each_other(pipeline: Pipeline) -> list[str]:
+    from embed_pipeline.cleaning.sources import read_reports, verify_sources_apart
+
+    cleaned, sources = pipeline.store.current("cleaned_pairs"), pipeline.settings.sources
+    return verify_sources_apart(cleaned.path, sources, read_reports(cleaned.report, sources))
 
 
 def answers_are_in_the_corpus(pipeline: Pipeline) -> list[str]:
     """Those that are missing; where they are too many, cleaning itself has refused the delivery."""
     from embed_pipeline.cleaning.clean import CleaningReport
+    from embed_pipeline.cleaning.sources import read_reports
 
-    report = CleaningReport.model_validate(pipeline.store.current("cleaned_pairs").report)
-    return [found.told(split) for split, found in report.answers_by_split.items() if found.missing]
+    reports = read_reports(pipeline.store.current("cleaned_pairs").report, pipeline.settings.sources)
+    return [
+        found.told(split) if name is None else f"{name}: {found.told(split)}"
+        for name, report in reports.items()
+        if isinstance(report, CleaningReport)
+        for split, found in report.answers_by_split.items()
+        if found.missing
+    ]
 
 
 def no_positive_among_negatives(pipeline: Pipeline) -> list[str]:
@@ -34,15 +49,22 @@ def no_positive_among_negatives(pipeline: Pipeline) -> list[str]:
     cleaned = pipeline.store.get("cleaned_pairs", negatives.input("cleaned_pairs"))
     # What they were mined with: a run may have changed the YAML's settings.
     mining = MiningSettings.model_validate(negatives.manifest.recipe.settings["mining"])
-    return verify(negatives.path, cleaned.path, mining)
+    found = []
+    for source in pipeline.settings.sources:
+        if source.is_retrieval:
+            rows = source_folder(cleaned.path, source.extra_name)
+            objections = verify(source_folder(negatives.path, source.extra_name), rows, mining)
+            found += objections if source.extra_name is None else [f"{source.extra_name}: {o}" for o in objections]
+    return found
 
 
 def trained_on_no_held_out_question(pipeline: Pipeline) -> list[str]:
     from embed_pipeline.evaluation.held_out import held_out_queries_among
 
     cleaned, embedder, reranker = trained_together(pipeline)
-    negatives = negatives_of(pipeline, embedder)
-    trained = {"embedder": negatives.path / HARD_NEGATIVES_FILE, "reranker": reranker.path / HARD_NEGATIVES_FILE}
+    trained = {"embedder": negatives_of(pipeline, embedder).path / HARD_NEGATIVES_FILE}
+    if reranker is not None:
+        trained["reranker"] = reranker.path / HARD_NEGATIVES_FILE
     found = {model: held_out_queries_among(rows, cleaned.path) for model, rows in trained.items()}
     return [f"the {model} was trained on held-out queries {ids[:3]}" for model, ids in found.items() if ids]
 
@@ -55,6 +77,7 @@ class Guard:
     find: Callable[[Pipeline], list[str]]
     description: str
     blocking: bool = True
+    needed: Callable[[PipelineSettings], bool] = lambda _: True
 
 
 GUARDS = (
@@ -70,9 +93,16 @@ GUARDS = (
         blocking=False,
     ),
     Guard(
+        "cleaned_pairs",
+        sources_do_not_leak_into_each_other,
+        "What one source holds out for dev or test, no other source trains on.",
+        needed=lambda settings: len(settings.sources) > 1,
+    ),
+    Guard(
         "hard_negatives",
         no_positive_among_negatives,
         "No positive, nor a near-duplicate of one, among the negatives of its query.",
+        needed=lambda settings: settings.mines,
     ),
     Guard("evaluation", trained_on_no_held_out_question, "No dev or test question was trained on."),
 )
@@ -80,7 +110,8 @@ GUARDS = (
 
 def checks_of(pipeline: Pipeline) -> list[dg.AssetChecksDefinition]:
     """The checks of one pipeline's assets; the gate comes last."""
-    return [*(_check_of(pipeline, guard) for guard in GUARDS), _gate_of(pipeline)]
+    needed = (guard for guard in GUARDS if guard.needed(pipeline.settings))
+    return [*(_check_of(pipeline, guard) for guard in needed), _gate_of(pipeline)]
 
 
 def _check_of(pipeline: Pipeline, guard: Guard) -> dg.AssetChecksDefinition:

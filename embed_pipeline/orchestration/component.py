@@ -16,7 +16,7 @@ from embed_pipeline.orchestration.automation import automated
 from embed_pipeline.orchestration.checks import checks_of
 from embed_pipeline.orchestration.rollback import rollback_job
 from embed_pipeline.settings import ModelSource, PipelineSettings
-from embed_pipeline.sources.check import check_sources
+from embed_pipeline.sources.check import check_all
 from embed_pipeline.stages import Pipeline
 
 
@@ -56,7 +56,7 @@ class RetrievalPipeline(dg.Component):
         yaml_file = context.path / "defs.yaml" if context.path.is_dir() else context.path
         folder = yaml_file.parent
         try:
-            check_sources(settings.source, folder, unattended=settings.automation.unattended)
+            check_all(settings.sources, folder, unattended=settings.automation.unattended)
             check_guards(settings.forgetting, folder)
             _check_local_models(settings, folder)
         except (ConfigurationError, ModelError) as error:
@@ -73,11 +73,13 @@ class RetrievalPipeline(dg.Component):
 
 def _check_local_models(settings: PipelineSettings, folder: Path) -> None:
     """A local folder or package that is not there fails now; a Hub model is looked for when it is needed."""
-    sources = {
+    sources: dict[str, ModelSource | str | None] = {
         "embedder.base_model": settings.embedder.base_model,
-        "reranker.base_model": settings.reranker.base_model,
+        "reranker.base_model": settings.reranker.base_model if settings.reranker else None,
         "mining.cross_encoder.model": settings.mining.cross_encoder.model if settings.mining.cross_encoder else None,
     }
+    for learn, where in ((settings.embedder, "embedder"), *((extra, extra.where) for extra in settings.extra_sources)):
+        sources |= {f"{where}.guide": learn.guide, f"{where}.teacher": learn.teacher}
     for key, source in sources.items():
         if isinstance(source, ModelSource) and source.hub is None:
             try:

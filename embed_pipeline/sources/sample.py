@@ -6,7 +6,7 @@ from pathlib import Path
 
 import duckdb
 
-from embed_pipeline.tables import RAW, RAW_FILE, write_stream
+from embed_pipeline.tables import RAW, RAW_EXAMPLES, RAW_EXAMPLES_FILE, RAW_FILE, write_stream
 
 SPLIT_SHARES = {"train": 0.7, "dev": 0.1, "test": 0.2}  # of the questions, where the rows come with splits
 OTHER_SHARE = 0.1
@@ -18,8 +18,10 @@ def sample_rows(folder: Path, queries: int, seed: int) -> dict[str, int]:
 
     Kept are all rows of the questions in the sample, the passages that are judged for them, and as many other
     passages as there are questions. The same rows and seed give the same sample, in the order delivered. Where rows
-    come with splits, each split has its share.
+    come with splits, each split has its share. Of `raw_examples.parquet`, `queries` rows stay.
     """
+    if (folder / RAW_EXAMPLES_FILE).is_file():
+        return _sample_examples(folder, queries, seed)
     whole = folder / f"whole.{RAW_FILE}"
     (folder / RAW_FILE).rename(whole)
     connection = duckdb.connect()
@@ -39,6 +41,31 @@ def sample_rows(folder: Path, queries: int, seed: int) -> dict[str, int]:
     whole.unlink()
     counted = duckdb.execute("SELECT kind, count(*) FROM read_parquet(?) GROUP BY kind", [str(folder / RAW_FILE)])
     return {str(kind): int(rows) for kind, rows in sorted(counted.fetchall())}
+
+
+def _sample_examples(folder: Path, rows: int, seed: int) -> dict[str, int]:
+    whole = folder / f"whole.{RAW_EXAMPLES_FILE}"
+    (folder / RAW_EXAMPLES_FILE).rename(whole)
+    shares = " ".join(f"WHEN '{split}' THEN {share}" for split, share in SPLIT_SHARES.items())
+    connection = duckdb.connect()
+    kept = connection.sql(
+        f"""WITH delivered AS (
+                SELECT *, lower(trim(coalesce(split, ''))) AS told
+                FROM read_parquet($whole, file_row_number = true)
+            ), ranked AS (
+                SELECT *, (SELECT count(DISTINCT told) FROM delivered) AS splits,
+                    row_number() OVER (PARTITION BY told ORDER BY lot, file_row_number) AS rank
+                FROM (SELECT *, md5($seed || file_row_number) AS lot FROM delivered)
+            )
+            SELECT {", ".join(RAW_EXAMPLES.names)} FROM ranked
+            WHERE rank <= ceil($rows * CASE WHEN splits = 1 THEN 1.0 ELSE CASE told {shares} ELSE {OTHER_SHARE} END END)
+            ORDER BY file_row_number""",
+        params={"whole": str(whole), "seed": str(seed), "rows": rows},
+    )
+    count = write_stream(kept.to_arrow_reader(BATCH_ROWS), RAW_EXAMPLES, folder / RAW_EXAMPLES_FILE)
+    connection.close()
+    whole.unlink()
+    return {"example": count}
 
 
 def _choose_queries(connection: duckdb.DuckDBPyConnection, queries: int, seed: int) -> None:

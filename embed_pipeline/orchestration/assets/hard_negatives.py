@@ -1,6 +1,6 @@
 """`hard_negatives`: what the base embedder takes for answers, without what may be one."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -11,15 +11,28 @@ from embed_pipeline.orchestration.reporting import markdown_table, materialized,
 from embed_pipeline.settings import MiningSettings
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_hard_negatives
 
+if TYPE_CHECKING:
+    from embed_pipeline.mining.report import MiningReport
+
 MiningOverrides = overrides_of(MiningSettings, "MiningOverrides")
 
 
 def mining_metadata(negatives: Artifact) -> dict[str, Any]:
-    """What a person looks at before spending GPU hours on these negatives."""
-    from embed_pipeline.mining.plot import score_histogram
+    """What a person looks at before spending GPU hours on these negatives, source by source."""
     from embed_pipeline.mining.report import MiningReport
 
-    report = MiningReport.model_validate(negatives.report)
+    told = dict(negatives.report)
+    extra = told.pop("extra_sources")
+    metadata = _about(MiningReport.model_validate(told)) if told else {}  # none where scored pairs are the own source
+    for name, report in extra.items():
+        found = _about(MiningReport.model_validate(report))
+        metadata |= {f"{name}/{key}": value for key, value in found.items() if key != "dagster/row_count"}
+    return metadata
+
+
+def _about(report: "MiningReport") -> dict[str, Any]:
+    from embed_pipeline.mining.plot import score_histogram
+
     examples = [
         (example.query, why, round(passage.score, 3), passage.text)
         for example in report.examples
@@ -43,8 +56,10 @@ def mining_metadata(negatives: Artifact) -> dict[str, Any]:
     }
 
 
-def hard_negatives_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
+def hard_negatives_asset(pipeline: Pipeline) -> dg.AssetsDefinition | None:
     name = pipeline.settings.name
+    if not pipeline.settings.mines:
+        return None
 
     @dg.asset(
         key=[name, "hard_negatives"],

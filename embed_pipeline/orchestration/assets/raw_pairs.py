@@ -16,22 +16,22 @@ def raw_pairs_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         kinds={"duckdb", "parquet"},
         code_version=CODE_VERSIONS["raw_pairs"],
         retry_policy=retry_policy(pipeline),
-        description="The user's rows as delivered, in one schema, each with its file and row number.",
+        description="The user's rows as delivered, source by source, each with its file and row number.",
     )
     def raw_pairs(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with readable_errors():
             produced = make_raw_pairs(pipeline.for_run(context.run_id))
-        report = produced.artifact.report
-        files = report["files"]
+        own = produced.artifact.report
+        reports = {name: own, **own["extra_sources"]}
+        kinds = [(of, kind, rows) for of, report in reports.items() for kind, rows in report["rows_by_kind"].items()]
+        files = [(of, f["source"], f["kind"], f["rows"]) for of, report in reports.items() for f in report["files"]]
         return materialized(
             context,
             produced,
             {
-                "dagster/row_count": report["rows"],
-                "rows_by_kind": markdown_table(["kind", "rows"], list(report["rows_by_kind"].items())),
-                "files": markdown_table(
-                    ["file", "kind", "rows"], [(f["source"], f["kind"], f["rows"]) for f in files[:50]]
-                ),
+                "dagster/row_count": sum(report["rows"] for report in reports.values()),
+                "rows_by_kind": markdown_table(["source", "kind", "rows"], kinds),
+                "files": markdown_table(["source", "file", "kind", "rows"], files[:50]),
             },
         )
 

@@ -1,0 +1,86 @@
+"""All sources of a pipeline, each cleaned by the rules of its kind, and kept apart from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from embed_pipeline.cleaning.clean import CleaningReport, clean
+from embed_pipeline.cleaning.elsewhere import Apart, CleanedSource, verify_apart
+from embed_pipeline.cleaning.examples import ExamplesReport, clean_examples
+from embed_pipeline.cleaning.verify import verify, verify_examples
+from embed_pipeline.errors import ArtifactError
+from embed_pipeline.settings import CleaningSettings, SourceSettings
+from embed_pipeline.tables import RAW_EXAMPLES_FILE, RAW_FILE, source_folder
+
+Reports = dict[str | None, CleaningReport | ExamplesReport]
+"""By the name of an extra source, None for the pipeline's own."""
+
+
+def clean_sources(
+    raw: Path, sources: Sequence[SourceSettings], settings: CleaningSettings, seed: int, out: Path
+) -> Reports:
+    """Clean the raw rows of every source, in their order; raises CleaningError where one cannot be."""
+    reports: Reports = {}
+    before: list[CleanedSource] = []
+    for source in sources:
+        rows, folder = source_folder(raw, source.extra_name), source_folder(out, source.extra_name)
+        folder.mkdir(parents=True, exist_ok=True)
+        report: CleaningReport | ExamplesReport
+        if source.is_retrieval:
+            report = clean(rows / RAW_FILE, settings, seed, folder, before=before)
+        else:
+            report = clean_examples(rows / RAW_EXAMPLES_FILE, source, settings, seed, folder, before=before)
+        reports[source.extra_name] = report
+        before.append(_cleaned(source, folder, report))
+    return reports
+
+
+def verify_sources(raw: Path, cleaned: Path, sources: Sequence[SourceSettings], reports: Reports) -> list[str]:
+    """What is broken of the promises about each source, a sentence each (see `verify`), by its name."""
+    broken = []
+    for source in sources:
+        rows, folder = source_folder(raw, source.extra_name), source_folder(cleaned, source.extra_name)
+        if source.is_retrieval:
+            found = verify(folder, rows / RAW_FILE)
+        else:
+            found = verify_examples(folder, source, _apart(reports[source.extra_name]), rows / RAW_EXAMPLES_FILE)
+        broken += [sentence if source.extra_name is None else f"{source.extra_name}: {sentence}" for sentence in found]
+    return broken
+
+
+def verify_sources_apart(cleaned: Path, sources: Sequence[SourceSettings], reports: Reports) -> list[str]:
+    """What one source holds out for dev or test and another trains on, a sentence each pair of sources."""
+    return verify_apart(
+        [_cleaned(source, source_folder(cleaned, source.extra_name), reports[source.extra_name]) for source in sources]
+    )
+
+
+def told(reports: Reports) -> dict[str, Any]:
+    """The reports as a manifest keeps them: the own source's, with the others under `extra_sources`."""
+    extra = {name: report.model_dump(mode="json") for name, report in reports.items() if name is not None}
+    return {**reports[None].model_dump(mode="json"), "extra_sources": extra}
+
+
+def read_reports(report: dict[str, Any], sources: Sequence[SourceSettings]) -> Reports:
+    """What `told` kept of these sources. Raises ArtifactError where it was told of others."""
+    both: dict[str | None, dict[str, Any]] = {None: report, **report["extra_sources"]}
+    wanted = [source.extra_name for source in sources]
+    if list(both) != wanted:
+        names = [", ".join(name for name in found if name is not None) or "none" for found in (both, wanted)]
+        raise ArtifactError(
+            f"cleaned_pairs was made with the extra sources {names[0]}, but the YAML names {names[1]}. Materialize "
+            "raw_pairs and cleaned_pairs first"
+        )
+    return {
+        name: (ExamplesReport if "apart" in one else CleaningReport).model_validate(one) for name, one in both.items()
+    }
+
+
+def _cleaned(source: SourceSettings, folder: Path, report: CleaningReport | ExamplesReport) -> CleanedSource:
+    return CleanedSource(source.extra_name or "the own source", folder, _apart(report))
+
+
+def _apart(report: CleaningReport | ExamplesReport) -> Apart:
+    return report.apart if isinstance(report, ExamplesReport) else "texts"
