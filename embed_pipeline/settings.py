@@ -217,8 +217,11 @@ class SourceSettings(Settings):
         None, description="Python script run before reading, as `python script OUTPUT_FOLDER`, to build the files"
     )
     script_output: Path | None = Field(None, description="its files; replaced whole by what `script` writes each time")
-    score_range: tuple[float, float] | None = Field(
-        None, description="scored: the scale of the scores, e.g. [1, 5]; mapped to 0..1. Unset: they are on it already"
+    score_range: tuple[float, ...] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="scored: the scale of the scores, e.g. [1, 5]; mapped to 0..1. Unset: they are on it already",
     )
     positive_label: str | None = Field(
         None,
@@ -416,8 +419,9 @@ def _no_such_loss(name: str, kind: SourceKind, losses: Mapping[str, Loss]) -> st
     if name in NOT_OFFERED:
         return f"{name} is not offered: it {NOT_OFFERED[name]}. {fitting}"
     if name not in losses:
-        near = difflib.get_close_matches(name, losses, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        folded = {other.lower(): other for other in losses}
+        near = difflib.get_close_matches(name.lower(), folded, n=1)
+        hint = f" Did you mean '{folded[near[0]]}'?" if near else ""
         return f"no loss is called '{name}'.{hint} {fitting}"
     return None if kind in losses[name].rows else f"{name} does not fit the columns of kind '{kind}'. {fitting}"
 

@@ -30,10 +30,7 @@ def cleaning_metadata(pipeline: Pipeline, cleaned: Artifact) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for name, report in read_reports(cleaned.report, pipeline.settings.sources).items():
         folder = source_folder(cleaned.path, name)
-        if isinstance(report, CleaningReport):
-            found = _about_pairs(folder, report)
-        else:
-            found = _about_examples(folder, report)
+        found = _about_pairs(folder, report) if isinstance(report, CleaningReport) else _about_examples(folder, report)
         if name is not None:
             found = {f"{name}/{key}": value for key, value in found.items() if key != "dagster/row_count"}
         metadata |= found
