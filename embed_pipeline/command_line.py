@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 from rich.console import Console
 from rich.table import Table
@@ -9,7 +12,11 @@ from rich.table import Table
 from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_in, store_root
 from embed_pipeline.champions import Promotion, models_of, read_history
 from embed_pipeline.errors import UserError
+from embed_pipeline.tables import source_folder
 from embed_pipeline.training.job import MODEL_FOLDER
+
+if TYPE_CHECKING:
+    from embed_pipeline.mining.exchange import Format
 
 
 class ReadableErrors(click.Group):
@@ -79,10 +86,10 @@ def verify(pipeline: str) -> None:
 
 @main.command()
 @click.argument("pipeline")
-@click.option("--verify", is_flag=True, help="Load both models in both ways and compare them with the evaluation.")
+@click.option("--verify", is_flag=True, help="Load every model in both ways and compare it with the evaluation.")
 @click.option("--settle", is_flag=True, help="Move MLflow's aliases to where the store's pointer says, if they differ.")
 def champion(pipeline: str, verify: bool, settle: bool) -> None:
-    """Show who serves for PIPELINE, since when and why, and how to load it. Exit code 1 where anything disagrees."""
+    """Show what serves for PIPELINE, since when and why, and how to load it. Exit code 1 where anything disagrees."""
     from embed_pipeline.tracking import promotion
     from embed_pipeline.tracking.registry import load_lines
 
@@ -102,7 +109,7 @@ def champion(pipeline: str, verify: bool, settle: bool) -> None:
         click.echo(f"{'since':<15} {_minute(last.at)}, promotion {last.number}: {_said(last)}")
         click.echo(f"{'verdict':<15} {serving.verdict}")
         if (before := history.previous) is not None:
-            click.echo(f"{'before':<15} embedder {before.embedder}, reranker {before.reranker}")
+            click.echo(f"{'before':<15} {before.title}")
         click.echo(f"\n{load_lines(store, serving)}\n")
         if verify:
             difference = promotion.check_loads(store, serving)
@@ -116,7 +123,6 @@ def champion(pipeline: str, verify: bool, settle: bool) -> None:
 @click.argument("pipeline")
 def history(pipeline: str) -> None:
     """List every promotion, rollback and retirement of PIPELINE, oldest first."""
-    from embed_pipeline.evaluation.comparison import RERANKER
     from embed_pipeline.evaluation.history import history_of
     from embed_pipeline.evaluation.verdict import METRIC_NAMES
 
@@ -131,8 +137,8 @@ def history(pipeline: str) -> None:
             _minute(entry.at),
             entry.event.replace("_", " "),
             who.embedder if who else "nobody",
-            who.reranker if who else "",
-            f"{METRIC_NAMES[point.metric]} {point.values[RERANKER]:.3f}" if point else "",
+            (who.reranker if who else None) or "",
+            f"{METRIC_NAMES[point.metric]} {point.serving:.3f}" if point else "",
             entry.by,
             entry.reason,
         )
@@ -149,7 +155,7 @@ def rollback(pipeline: str, reason: str, to: str | None) -> None:
 
     done = roll_back(_store(pipeline), to=to, reason=reason)
     assert done.champion is not None
-    click.echo(f"embedder {done.champion.embedder}, reranker {done.champion.reranker} serve again: {_said(done)}")
+    click.echo(f"{done.champion.title}: in service again, {_said(done)}")
 
 
 @main.command()
@@ -189,6 +195,40 @@ def prune(pipeline: str, yes: bool) -> None:
             store.remove_folder(folder)
     if not yes:
         click.echo("nothing was deleted; add --yes to do it")
+
+
+@main.command("export-negatives")
+@click.argument("pipeline")
+@click.option(
+    "--format",
+    required=True,
+    type=click.Choice(["flag-embedding", "triplets", "tuples", "pairs"]),
+    help="FlagEmbedding's jsonl, or parquet for sentence-transformers.",
+)
+@click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help=".jsonl or .parquet")
+@click.option("--source", help="An extra source; without it, the pipeline's own.")
+@click.option("--negatives", type=click.IntRange(min=1), help="tuples: so many of each query; by default, the most.")
+def export_negatives(pipeline: str, format: Format, output: Path, source: str | None, negatives: int | None) -> None:
+    """Write the current hard negatives of PIPELINE for another trainer, whole or not at all."""
+    from embed_pipeline.mining.exchange import export_negatives as export
+
+    store = _store(pipeline)
+    mined = store.current("hard_negatives")
+    if source is not None and source not in mined.report["extra_sources"]:
+        known = ", ".join(mined.report["extra_sources"]) or "none"
+        raise click.ClickException(f"no extra source '{source}' was mined for {pipeline}; mined: {known}")
+    if negatives is not None and format != "tuples":
+        raise click.ClickException(f"--negatives belongs to --format tuples, not to {format}")
+    cleaned = store.get("cleaned_pairs", mined.input("cleaned_pairs"))
+    done = export(
+        source_folder(cleaned.path, source),
+        source_folder(mined.path, source),
+        format,
+        output,
+        prompt=mined.manifest.recipe.settings["encoding"]["query_prompt"],
+        num_negatives=negatives,
+    )
+    click.echo(f"{output}: {done.sentence}")
 
 
 def _store(pipeline: str) -> PipelineStore:
