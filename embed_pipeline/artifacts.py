@@ -34,7 +34,10 @@ from pydantic import BaseModel, ConfigDict
 
 from embed_pipeline.errors import ArtifactError
 
-ASSETS = ("raw_pairs", "cleaned_pairs", "hard_negatives", "embedder", "merged_embedder", "reranker", "evaluation")
+ASSETS = (
+    *("raw_pairs", "cleaned_pairs", "hard_negatives", "embedder", "merged_embedder", "reranker", "evaluation"),
+    *("exports", "hub"),  # of the champion
+)
 MANIFEST = "manifest.json"
 SMOKE_TEST_STORE = "smoke-test"  # no pipeline can be called so
 DIGITS = 16

@@ -46,3 +46,7 @@ class GateError(UserError):
 
 class TrackingError(UserError):
     """MLflow was needed and did not answer, or refused."""
+
+
+class HubError(UserError):
+    """The Hugging Face Hub may not be reached, or refused, or what is to be pushed may not be."""

@@ -637,6 +637,13 @@ class EvaluationSettings(Settings):
     bootstrap_samples: int = Field(10_000, ge=100)
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     examples: int = Field(15, ge=0, description="queries shown in the report that got better, and that got worse")
+    source_queries: int = Field(
+        1_000,
+        ge=1,
+        description="each source is also measured by sentence-transformers' evaluators, on a seeded sample of at most "
+        "so many test questions or examples",
+    )
+    source_passages: int = Field(10_000, ge=10, description="of an extra source's corpus, in those evaluators")
     nano_beir: Path | None = Field(
         None, description="a folder with a local copy of NanoBEIR, one folder a set; relative to the YAML file"
     )
@@ -917,6 +924,11 @@ class PipelineSettings(Settings):
         names = [extra.name for extra in self.extra_sources]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"extra_sources: two are called '{min(repeated)}'; give each a name of its own")
+        if taken := {self.name, "nano_beir"} & set(names):
+            raise ValueError(
+                f"extra_sources: '{min(taken)}' is the name of the pipeline or of NanoBEIR, by which figures are told "
+                "apart; choose another"
+            )
         for extra in self.extra_sources:
             where = f"extra_sources: {extra.name}"
             if problem := extra.problem_with(extra.kind, cached):
@@ -1004,6 +1016,8 @@ def smoke_test_of(settings: PipelineSettings) -> PipelineSettings:
             **settings.tracking.model_dump(),
             "experiment": f"{settings.tracking.experiment or settings.name}-smoke-test",
         },
+        "exports": _capped(settings.exports, {"queries": 20}),
+        "hub": None,  # what a smoke test makes is for nobody
         # Nothing starts by itself, and a failure is told at once.
         "automation": {"retries": 0},
     }

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ValidationError
 
 from embed_pipeline import __version__
 from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Recipe, RunIds, is_smoke_test, store_root
-from embed_pipeline.champions import Champion, models_of, pair_key, read_history
-from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError
+from embed_pipeline.champions import Champion, models_of, pair_key, pointer, read_history
+from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError, HubError
 from embed_pipeline.evaluation.guard_files import guard_digest
 from embed_pipeline.launch.torchrun import has_gpu_driver, processes_per_node
 from embed_pipeline.launch.training import launch_training
@@ -57,10 +57,12 @@ from embed_pipeline.tracking.runs import TrackedRun, tracked_run
 from embed_pipeline.training.job import JOB_FILE, MODEL_FOLDER, SUMMARY_FILE
 
 if TYPE_CHECKING:
-    from embed_pipeline.evaluation.compared import ChampionModels
+    from embed_pipeline.evaluation.compared import ChampionModels, ComparedModels
+    from embed_pipeline.evaluation.evaluators import EmbedderEvaluators
     from embed_pipeline.evaluation.guard_sets import GuardSet
     from embed_pipeline.mining.report import MiningReport
     from embed_pipeline.models.embedder import Embedder
+    from embed_pipeline.publishing.card import Kind
     from embed_pipeline.tracking.promotion import Promoted
     from embed_pipeline.tracking.registry import Candidate
     from embed_pipeline.training.job import TrainingJob
@@ -73,8 +75,10 @@ CODE_VERSIONS = {
     "embedder": "1",
     "merged_embedder": "1",
     "reranker": "1",
-    "evaluation": "2",
+    "evaluation": "3",
     "champion": "1",
+    "exports": "1",
+    "hub": "1",
 }
 
 Launch = Callable[["TrainingJob", Path, "TrackedRun | None"], None]
@@ -361,6 +365,7 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
     from embed_pipeline.training.job import RerankerJob
 
     settings, window = pipeline.settings.reranker, pipeline.settings.evaluation.rerank_top_k
+    assert settings is not None, "this pipeline has no reranker"
     mining = pipeline.settings.mining.model_copy(update={"num_negatives": settings.num_negatives})
     embedder = final_embedder(pipeline)
     cleaned = pipeline.store.get("cleaned_pairs", embedder.input("cleaned_pairs"))
@@ -414,39 +419,26 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
     """Base models, candidate and champion on the test split -> figures, the gate's verdict, and the report."""
     settings = pipeline.settings
     cleaned, embedder, reranker = trained_together(pipeline)
-    inputs = [cleaned, embedder, reranker]
+    inputs = [artifact for artifact in (cleaned, embedder, reranker) if artifact is not None]
     champion = reference(pipeline, embedder, reranker)
-    start, start_trusts = base_reranker(pipeline, embedder)
     told = {
         "evaluation": settings.evaluation.model_dump(mode="json"),
         "gate": settings.gate.model_dump(mode="json"),
         "forgetting": settings.forgetting.model_dump(mode="json", exclude={"coefficients"}),
+        "sources": {source.extra_name or settings.name: source.kind for source in settings.sources},
         "encode_precision": settings.encode_precision,
         "device": device_kind(),
     }
 
     def make(out: Path) -> Made:
-        from embed_pipeline.evaluation.compared import ComparedModels
         from embed_pipeline.evaluation.evaluate import evaluate
+        from embed_pipeline.evaluation.evaluate_pairs import evaluate_pairs
         from embed_pipeline.evaluation.history import history_of
 
-        # The lengths the reranker was trained with: a run may have changed those of the YAML.
-        trained = reranker.manifest.recipe.settings
-        models = ComparedModels(
-            base_embedder=locate(settings.embedder.base_model, pipeline.folder),
-            base_encoding=settings.embedder.encoding,
-            embedder=embedder.path / MODEL_FOLDER,
-            base_reranker=start,
-            base_reranker_max_length=trained["query_max_length"] + trained["passage_max_length"],
-            reranker=reranker.path,
-            champion=_champion_models(pipeline, champion, cleaned) if champion else None,
-            trust_embedder_code=settings.embedder.base_model.trust_remote_code,
-            trust_reranker_code=start_trusts,
-        )
         with pipeline.tracked("evaluation") as tracked, _watched(tracked):
-            report = evaluate(
+            report = (evaluate if settings.source.is_retrieval else evaluate_pairs)(
                 cleaned.path,
-                models,
+                _compared_models(pipeline, cleaned, embedder, reranker, champion),
                 settings.evaluation,
                 settings.seed,
                 out,
@@ -454,6 +446,7 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
                 guards=_load_guards(pipeline),
                 # Where merging looked at one half of a guard set, the other half judges.
                 guard_part="all" if settings.final_embedder == "embedder" else "judging",
+                evaluators=_test_evaluators(pipeline, cleaned),
                 history=history_of(pipeline.store),
                 encode_precision=settings.encode_precision,
                 cache_folder=pipeline.store.embeddings_folder,
@@ -464,6 +457,7 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
                 tracked.log_parameters(told)
                 tracked.log_inputs(inputs, "evaluation")
                 tracked.log_metrics({f"{row.system}/{row.metric}": row.value for row in report.summary})
+                tracked.log_metrics(report.details.source_metrics)
                 tracked.log_folder(out, "evaluation")
         told_in_short = {
             "headline": report.details.headline,
@@ -472,16 +466,100 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
             "reference": champion.key if champion else None,
             "gate": report.details.gate.model_dump(mode="json"),
             "summary": [row.model_dump(mode="json") for row in report.summary],
+            "evaluators": report.details.source_metrics,
         }
         return Made(told_in_short, pipeline.runs(tracked))
 
-    digests = {**_guard_digests(pipeline), "champion": champion.key if champion else "none"}
+    digests = {
+        **_guard_digests(pipeline),
+        **_evaluator_digests(pipeline),
+        "champion": champion.key if champion else "none",
+    }
     recipe = pipeline.recipe("evaluation", inputs, digests, told)
     return pipeline.store.produce("evaluation", recipe, inputs, make, content=None)
 
 
+def _compared_models(
+    pipeline: Pipeline, cleaned: Artifact, embedder: Artifact, reranker: Artifact | None, champion: Champion | None
+) -> ComparedModels:
+    from embed_pipeline.evaluation.compared import ComparedModels
+
+    settings = pipeline.settings.embedder
+    models = ComparedModels(
+        base_embedder=locate(settings.base_model, pipeline.folder),
+        base_encoding=settings.encoding,
+        embedder=embedder.path / MODEL_FOLDER,
+        champion=_champion_models(pipeline, champion, cleaned) if champion else None,
+        trust_embedder_code=settings.base_model.trust_remote_code,
+        trust_reranker_code=settings.base_model.trust_remote_code,  # of a champion's reranker, if nothing else
+    )
+    if reranker is None:
+        return models
+    start, start_trusts = base_reranker(pipeline, embedder)
+    # The lengths the reranker was trained with: a run may have changed those of the YAML.
+    trained = reranker.manifest.recipe.settings
+    return replace(
+        models,
+        base_reranker=start,
+        base_reranker_max_length=trained["query_max_length"] + trained["passage_max_length"],
+        reranker=reranker.path,
+        trust_reranker_code=start_trusts,
+    )
+
+
+def _test_evaluators(pipeline: Pipeline, cleaned: Artifact) -> EmbedderEvaluators | None:
+    """The library's evaluators on the test split of every source, and on NanoBEIR where there is a copy.
+
+    What `evaluate` measures of the own source is not measured again.
+    """
+    from embed_pipeline.evaluation.evaluators import EmbedderEvaluators, MeasuredSource, embedder_evaluators
+    from embed_pipeline.evaluation.nano_beir import nano_beir_parts
+    from embed_pipeline.models.embedder import Embedder
+
+    settings, teachers = pipeline.settings, _learnt_from(pipeline, "teacher")
+    sources = []
+    for source in settings.sources:
+        name = source.extra_name or settings.name
+        own = source.extra_name is None
+        if own and not source.is_retrieval:
+            continue
+        teacher = teachers.get(name) if source.kind == "parallel" else None
+        sources.append(
+            MeasuredSource(
+                name,
+                source.kind,
+                source_folder(cleaned.path, source.extra_name),
+                search=not own,
+                teacher=Embedder(teacher, precision=settings.encode_precision) if teacher is not None else None,
+            )
+        )
+    found = embedder_evaluators(
+        sources,
+        "test",
+        seed=settings.seed,
+        max_queries=settings.evaluation.source_queries,
+        max_passages=settings.evaluation.source_passages,
+    )
+    parts = found.parts if found is not None else ()
+    if settings.evaluation.nano_beir is not None:
+        parts = (*parts, *nano_beir_parts(pipeline.folder / settings.evaluation.nano_beir))
+    return EmbedderEvaluators(parts) if parts else None
+
+
+def _evaluator_digests(pipeline: Pipeline) -> dict[str, str]:
+    """Of what the evaluators read besides the cleaned pairs."""
+    from embed_pipeline.evaluation.nano_beir import nano_beir_digest
+
+    settings, teachers = pipeline.settings, _learnt_from(pipeline, "teacher")
+    parallel = [extra.name for extra in settings.extra_sources if extra.kind == "parallel"]
+    digests = {f"teacher of {name}": weights_digest(teachers[name]) for name in parallel if name in teachers}
+    if settings.evaluation.nano_beir is not None:
+        digests["nano_beir"] = nano_beir_digest(pipeline.folder / settings.evaluation.nano_beir)
+    return digests
+
+
 def make_champion(pipeline: Pipeline) -> Promoted:
-    """A candidate that passed the gate -> both models in MLflow's registry, the aliases and the store's pointer moved.
+    """A candidate that passed the gate -> its models in MLflow's registry, the aliases and the store's pointer moved.
 
     Raises ArtifactError, GateError, ModelError or TrackingError where it may not serve; nothing has moved then.
     """
@@ -505,6 +583,122 @@ def mark_challenger(pipeline: Pipeline) -> None:
         challenge(pipeline.store, _candidate(pipeline), lambda: pipeline.tracked("challenger"))
 
 
+def write_champion_cards(pipeline: Pipeline) -> dict[Kind, Path]:
+    """The champion's model cards, beside the record of its promotion: its models' own folders are sealed."""
+    from embed_pipeline.publishing.card import Carded, write_cards
+
+    champion = _in_force(pipeline)
+    return write_cards(Carded(pipeline.settings, pipeline.store, champion), pointer(pipeline.store).resolve())
+
+
+def make_exports(pipeline: Pipeline) -> Produced:
+    """The champion -> its other forms, each measured on the test split against the original; one table."""
+    from embed_pipeline.exporting.forms import REPORT_FILE, TABLE_FILE, check_packages, library_versions
+
+    settings, store = pipeline.settings, pipeline.store
+    check_packages(settings.exports)
+    champion = _in_force(pipeline)
+    embedder, reranker = _models_in_force(store, champion)
+    cleaned, evaluation = (
+        store.get("cleaned_pairs", champion.cleaned_pairs),
+        store.get("evaluation", champion.evaluation),
+    )
+    inputs = [artifact for artifact in (cleaned, embedder, reranker, evaluation) if artifact is not None]
+    told = {
+        "exports": settings.exports.model_dump(mode="json"),
+        "evaluation": settings.evaluation.model_dump(mode="json", include={"bootstrap_samples", "confidence"}),
+        "encode_precision": settings.encode_precision,
+        "device": device_kind(),
+        "libraries": library_versions(settings.exports),
+    }
+
+    def make(out: Path) -> Made:
+        from embed_pipeline.evaluation.parity import read_parity
+        from embed_pipeline.exporting.export import ExportedModels, export
+        from embed_pipeline.exporting.measure import load_test_split
+        from embed_pipeline.tracking.registry import trusts_code
+
+        models = ExportedModels(
+            embedder.path / MODEL_FOLDER,
+            reranker.path / MODEL_FOLDER if reranker else None,
+            trust_embedder_code=trusts_code(store, embedder),
+            trust_reranker_code=trusts_code(store, reranker) if reranker else False,
+        )
+        test = load_test_split(cleaned.path, settings.exports, settings.seed, scored=not settings.source.is_retrieval)
+        with pipeline.tracked("exports") as tracked, _watched(tracked):
+            report = export(
+                models,
+                test,
+                settings.exports,
+                settings.evaluation,
+                settings.seed,
+                out,
+                parity=read_parity(evaluation.path) if reranker else None,
+                precision=settings.encode_precision,
+                cache_folder=store.embeddings_folder,
+                versions={artifact.manifest.asset: artifact.version for artifact in inputs},
+            )
+            if tracked is not None:
+                tracked.log_parameters(told)
+                tracked.log_inputs(inputs, "exports")
+                tracked.log_metrics(report.metrics)
+                for file in (REPORT_FILE, TABLE_FILE):
+                    tracked.log_file(out / file, "exports")
+        return Made(report.model_dump(mode="json"), pipeline.runs(tracked))
+
+    recipe = pipeline.recipe("exports", inputs, {}, told)
+    return store.produce("exports", recipe, inputs, make, content=None)
+
+
+def make_hub(pipeline: Pipeline) -> Produced:
+    """The champion with its cards -> the Hub's repositories; what lies there already is not pushed again.
+
+    Raises HubError where nobody serves, in a smoke test, and where the Hub refuses.
+    """
+    from embed_pipeline.publishing.card import Carded
+    from embed_pipeline.publishing.pushing import push_champion, pushed_already
+
+    settings, store = pipeline.settings, pipeline.store
+    assert settings.hub is not None
+    if pipeline.smoke_test:
+        raise HubError("a smoke test pushes nothing to the Hub: what it makes is not any good")
+    champion = _in_force(pipeline)
+    embedder, reranker = _models_in_force(store, champion)
+    exports = store.current("exports") if settings.exports.wanted else None
+    if exports is not None and exports.manifest.recipe.inputs.get(embedder.manifest.asset) != embedder.content:
+        raise ArtifactError(
+            f"{_title(exports)} is not of {_title(embedder)}, which serves. Materialize {settings.name}/exports first"
+        )
+    inputs = [artifact for artifact in (embedder, reranker, exports) if artifact is not None]
+    told = {"hub": settings.hub.model_dump(mode="json"), "card": settings.card.model_dump(mode="json")}
+    recipe = pipeline.recipe("hub", inputs, {"evaluation": champion.evaluation}, told)
+    last = store.current("hub") if store.has_current("hub") else None
+    if last is not None and pushed_already(last, recipe):
+        return Produced(last, reused=True)
+    # After a rollback the same models are pushed again: something else lies in the repositories by then.
+    after = {**recipe.inputs, "after": last.version if last else "nothing"}
+
+    def make(out: Path) -> Made:
+        assert settings.hub is not None
+        return pipeline.untracked(push_champion(Carded(settings, store, champion), settings.hub, exports, out))
+
+    return store.produce("hub", recipe.model_copy(update={"inputs": after}), inputs, make, content=None)
+
+
+def _in_force(pipeline: Pipeline) -> Champion:
+    """Who serves; raises ArtifactError when nobody does."""
+    champion = read_history(pipeline.store).champion
+    if champion is None:
+        name = pipeline.settings.name
+        raise ArtifactError(f"{name} has no champion: materialize {name}/champion first")
+    return champion
+
+
+def _models_in_force(store: PipelineStore, champion: Champion) -> tuple[Artifact, Artifact | None]:
+    embedder, *others = models_of(store, champion)
+    return embedder, others[0] if others else None
+
+
 def _candidate(pipeline: Pipeline) -> Candidate:
     """The current models with the evaluation that judged them; raises ArtifactError where it judged others."""
     from embed_pipeline.tracking.registry import Candidate
@@ -512,6 +706,8 @@ def _candidate(pipeline: Pipeline) -> Candidate:
     cleaned, embedder, reranker = trained_together(pipeline)
     evaluation = pipeline.store.current("evaluation")
     for artifact in (cleaned, embedder, reranker):
+        if artifact is None:
+            continue
         asset = artifact.manifest.asset
         if evaluation.manifest.recipe.inputs.get(asset) != artifact.content:
             raise ArtifactError(
@@ -521,7 +717,7 @@ def _candidate(pipeline: Pipeline) -> Candidate:
     return Candidate(embedder, reranker, evaluation)
 
 
-def reference(pipeline: Pipeline, embedder: Artifact, reranker: Artifact) -> Champion | None:
+def reference(pipeline: Pipeline, embedder: Artifact, reranker: Artifact | None) -> Champion | None:
     """Who the candidate has to beat: the champion, or whom it beat when it is the champion itself."""
     history = read_history(pipeline.store)
     candidate = pair_key(embedder, reranker)
@@ -533,48 +729,53 @@ def reference(pipeline: Pipeline, embedder: Artifact, reranker: Artifact) -> Cha
 def _champion_models(pipeline: Pipeline, champion: Champion, cleaned: Artifact) -> ChampionModels:
     """The champion's folders, file by file as they were published, and what it has seen of the test split."""
     from embed_pipeline.evaluation.compared import ChampionModels
-    from embed_pipeline.evaluation.held_out import seen_in_training
+    from embed_pipeline.evaluation.held_out import seen_by
 
     store = pipeline.store
     try:
-        embedder, reranker = models_of(store, champion)
+        embedder, *rerankers = models_of(store, champion)
         trained_on = store.get("cleaned_pairs", champion.cleaned_pairs)
-        (negatives,) = store.lineage(embedder)["hard_negatives"]
-        for artifact in (embedder, reranker):
+        negatives = [
+            store.get("hard_negatives", version) for version in store.lineage(embedder).get("hard_negatives", ())
+        ]
+        for artifact in (embedder, *rerankers):
             artifact.verify()
-    except (ArtifactError, KeyError) as error:
+    except ArtifactError as error:
         raise ArtifactError(
             f"the champion of {store.pipeline} is not what it was when it was promoted: {error}. A candidate that "
             "cannot be compared with it is not promoted: restore the folder from a backup, or go back with "
             f"`embed-pipeline rollback {store.pipeline}`, or take it out of service with `embed-pipeline retire "
             f"{store.pipeline}`"
         ) from error
-    rows = (store.get("hard_negatives", negatives).path / HARD_NEGATIVES_FILE, reranker.path / HARD_NEGATIVES_FILE)
-    seen = {query for trained in rows for query in seen_in_training(trained, trained_on.path, cleaned.path)}
+    mined = [artifact.path for artifact in (*negatives, *rerankers)]
     return ChampionModels(
-        title=f"embedder {embedder.version}, reranker {reranker.version}",
+        title=champion.title,
         embedder=embedder.path / MODEL_FOLDER,
-        reranker=reranker.path,
-        seen=frozenset(seen),
+        reranker=rerankers[0].path if rerankers else None,
+        seen=frozenset(seen_by(trained_on.path, mined, cleaned.path)),
     )
 
 
-def trained_together(pipeline: Pipeline) -> tuple[Artifact, Artifact, Artifact]:
+def trained_together(pipeline: Pipeline) -> tuple[Artifact, Artifact, Artifact | None]:
     """Current cleaned pairs, embedder and reranker, if they belong together and to the base models of the YAML.
+
+    None in the reranker's place where the pipeline has none.
 
     Raises ArtifactError otherwise: a model trained on another split may have seen what is a test question now, and a
     gain over a base that it was not trained from means nothing.
     """
     store, name = pipeline.store, pipeline.settings.name
-    cleaned, embedder, reranker = store.current("cleaned_pairs"), final_embedder(pipeline), store.current("reranker")
-    of_embedder, of_reranker = embedder.manifest.recipe, reranker.manifest.recipe
-    if of_embedder.inputs["cleaned_pairs"] != cleaned.content:
+    cleaned, embedder = store.current("cleaned_pairs"), final_embedder(pipeline)
+    if embedder.manifest.recipe.inputs["cleaned_pairs"] != cleaned.content:
         raise ArtifactError(
             f"{_title(embedder)} was trained on cleaned_pairs {embedder.input('cleaned_pairs')}, but "
             f"{cleaned.version} is current: its test questions may have been trained on. {_train_again(pipeline)}"
         )
     _refuse_another_base(pipeline, embedder)
-    final = embedder.manifest.asset
+    if pipeline.settings.reranker is None:
+        return cleaned, embedder, None
+    reranker = store.current("reranker")
+    final, of_reranker = embedder.manifest.asset, reranker.manifest.recipe
     if of_reranker.inputs.get(final) != embedder.content:
         raise ArtifactError(
             f"{_title(reranker)} was trained for {final} {reranker.manifest.inputs.get(final, 'of no version')}, but "
@@ -588,11 +789,12 @@ def trained_together(pipeline: Pipeline) -> tuple[Artifact, Artifact, Artifact]:
     return cleaned, embedder, reranker
 
 
-def negatives_of(pipeline: Pipeline, embedder: Artifact) -> Artifact:
-    """The hard negatives that an embedder, merged or not, was trained on."""
+def negatives_of(pipeline: Pipeline, embedder: Artifact) -> Artifact | None:
+    """The hard negatives that an embedder, merged or not, was trained on; None where nothing was mined."""
     if embedder.manifest.asset == "merged_embedder":
         embedder = pipeline.store.get("embedder", embedder.input("embedder"))
-    return pipeline.store.get("hard_negatives", embedder.input("hard_negatives"))
+    version = embedder.manifest.inputs.get("hard_negatives")
+    return pipeline.store.get("hard_negatives", version) if version is not None else None
 
 
 def _refuse_another_base(pipeline: Pipeline, embedder: Artifact) -> None:
@@ -607,9 +809,18 @@ def _refuse_another_base(pipeline: Pipeline, embedder: Artifact) -> None:
 
 
 def _train_again(pipeline: Pipeline) -> str:
-    name, final = pipeline.settings.name, pipeline.settings.final_embedder
-    merged = f", {name}/merged_embedder" if final == "merged_embedder" else ""
-    return f"Materialize {name}/hard_negatives, {name}/embedder{merged} and {name}/reranker first"
+    settings = pipeline.settings
+    *first, last = (
+        f"{settings.name}/{asset}"
+        for asset, there in (
+            ("hard_negatives", settings.mines),
+            ("embedder", True),
+            ("merged_embedder", settings.final_embedder == "merged_embedder"),
+            ("reranker", settings.reranker is not None),
+        )
+        if there
+    )
+    return f"Materialize {', '.join(first)} and {last} first" if first else f"Materialize {last} first"
 
 
 def _title(artifact: Artifact) -> str:
@@ -646,6 +857,7 @@ def fine_tuned_embedder(pipeline: Pipeline, embedder: Artifact) -> Embedder:
 
 def base_reranker(pipeline: Pipeline, embedder: Artifact) -> tuple[Path, bool]:
     """Folder of what the reranker starts from, and whether its own Python code may run."""
+    assert pipeline.settings.reranker is not None, "this pipeline has no reranker"
     source = pipeline.settings.reranker.base_model
     if isinstance(source, ModelSource):
         return locate(source, pipeline.folder), source.trust_remote_code

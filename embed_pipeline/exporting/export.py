@@ -203,7 +203,7 @@ class _Exports:
             ),
             "binary": (lambda: BinaryVectors(dimension), WHAT["binary"], BINARY),
         }
-        wanted = {name: makers[name] for name in self.settings.embeddings}
+        wanted = {str(name): makers[name] for name in self.settings.embeddings}
         for size in self.settings.dimensions:
             wanted[f"dimensions-{size}"] = (
                 lambda size=size: CutVectors(size),  # type: ignore[misc]

@@ -88,6 +88,14 @@ class ExportReport(BaseModel):
     libraries: dict[str, str]
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """For a tracking server: `onnx/ndcg_at_10`, `onnx/texts_per_second`, ..."""
+        told = ("difference", "min_cosine", "bytes_on_disk", "bytes_per_vector", "texts_per_second")
+        found = {f"{form.name}/{key}": getattr(form, key) for form in self.forms for key in told}
+        found |= {f"{form.name}/{self.metric}": form.value for form in self.forms}
+        return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+
+    @property
     def published(self) -> list[FormResult]:
         return [form for form in self.forms if form.published and form.name != ORIGINAL]
 

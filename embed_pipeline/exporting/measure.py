@@ -88,7 +88,8 @@ def load_test_split(cleaned: Path, settings: ExportSettings, seed: int, *, score
 class RetrievalTest:
     """Questions over the whole corpus, by nDCG@10."""
 
-    metric = "ndcg_at_10"
+    metric: str = "ndcg_at_10"
+    passages: int | None
 
     def __init__(self, cleaned: Path, queries: int | None, seed: int) -> None:
         self._collection = load_collection(cleaned, ("test",))
@@ -97,8 +98,9 @@ class RetrievalTest:
         self._qrels = self._collection.qrels(self._rows)
         # Every split's collection holds the same passages in the same order.
         self._trained = np.unique(load_collection(cleaned, ("train",)).positives()[1])
-        self.items, self.passages = len(self._rows), len(self._collection.texts)
-        self.timed = [self._collection.texts[row] for row in sample_rows(self.passages, _TIMED_TEXTS, seed)]
+        texts = self._collection.texts
+        self.items, self.passages = len(self._rows), len(texts)
+        self.timed = [texts[row] for row in sample_rows(len(texts), _TIMED_TEXTS, seed)]
 
     def encode(self, embedder: Encodes) -> Encoded:
         queries = [self._collection.queries[row] for row in self._rows]
@@ -134,8 +136,8 @@ class RetrievalTest:
 class ScoredTest:
     """Scored pairs, by Spearman's rank correlation of cosine and score; both sides are encoded as passages."""
 
-    metric = "spearman"
-    passages = None
+    metric: str = "spearman"
+    passages: int | None = None
 
     def __init__(self, cleaned: Path, pairs: int | None, seed: int) -> None:
         examples = pq.read_table(cleaned / EXAMPLES_FILE, columns=["sentence1", "sentence2", "score", "split"])

@@ -58,7 +58,7 @@ class Int8Vectors:
 
     def store(self, embeddings: np.ndarray) -> np.ndarray:
         """-> (n, d) int8; what lies outside of the ranges is cut to them."""
-        return quantize_embeddings(embeddings, precision="int8", ranges=self.ranges)
+        return np.asarray(quantize_embeddings(embeddings, precision="int8", ranges=self.ranges))
 
     def restore(self, stored: np.ndarray) -> np.ndarray:
         """-> (n, d) float32: the middle of each step."""
@@ -86,7 +86,7 @@ class BinaryVectors:
 
     def store(self, embeddings: np.ndarray) -> np.ndarray:
         """-> (n, ceil(d / 8)) uint8."""
-        return quantize_embeddings(embeddings, precision="ubinary")
+        return np.asarray(quantize_embeddings(embeddings, precision="ubinary"))
 
     def restore(self, stored: np.ndarray) -> np.ndarray:
         """-> (n, d) float32 unit rows of equal numbers with the signs."""

@@ -104,6 +104,10 @@ class TrackedRun:
         with self._surviving(name) as client:
             client.log_artifacts(self.run_id, str(folder), name)
 
+    def log_file(self, file: Path, folder: str) -> None:
+        with self._surviving(file.name) as client:
+            client.log_artifact(self.run_id, str(file), folder)
+
     @contextmanager
     def system_metrics_of_this_process(self) -> Iterator[None]:
         """Record processor, memory and GPU use while the body runs here (a training's rank 0 does it by itself)."""

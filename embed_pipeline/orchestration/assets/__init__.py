@@ -4,7 +4,9 @@ from embed_pipeline.orchestration.assets.champion import champion_asset
 from embed_pipeline.orchestration.assets.cleaned_pairs import cleaned_pairs_asset
 from embed_pipeline.orchestration.assets.embedder import embedder_asset
 from embed_pipeline.orchestration.assets.evaluation import evaluation_asset
+from embed_pipeline.orchestration.assets.exports import exports_asset
 from embed_pipeline.orchestration.assets.hard_negatives import hard_negatives_asset
+from embed_pipeline.orchestration.assets.hub import hub_asset
 from embed_pipeline.orchestration.assets.merged_embedder import merged_embedder_asset
 from embed_pipeline.orchestration.assets.raw_pairs import raw_pairs_asset
 from embed_pipeline.orchestration.assets.reranker import reranker_asset
@@ -18,6 +20,8 @@ ASSET_FACTORIES = (
     reranker_asset,
     evaluation_asset,
     champion_asset,
+    exports_asset,
+    hub_asset,
 )
 
 __all__ = ["ASSET_FACTORIES"]

@@ -10,7 +10,7 @@ from embed_pipeline.artifacts import DIGITS, PipelineStore
 from embed_pipeline.champions import Promotion, pointer
 from embed_pipeline.orchestration.automation import retry_policy
 from embed_pipeline.orchestration.reporting import readable_errors
-from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_champion
+from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_champion, write_champion_cards
 
 
 def champion_data_version(promotion: Promotion) -> dg.DataVersion:
@@ -30,19 +30,19 @@ def champion_metadata(store: PipelineStore, promotion: Promotion) -> Mapping[str
         "since": promotion.at,
         "by": promotion.by,
         "reason": promotion.reason,
-        "replaced": f"embedder {replaced.embedder}, reranker {replaced.reranker}" if replaced else "nobody",
+        "replaced": replaced.title if replaced else "nobody",
     }
     if champion is None:
         return about_promotion
     registered = {
         kind: dg.MetadataValue.url(link_to(model))
-        for kind, model in zip(("registered_embedder", "registered_reranker"), champion.registered, strict=True)
+        for kind, model in zip(("registered_embedder", "registered_reranker"), champion.registered, strict=False)
     }
     return {
         "verdict": champion.verdict,
         **about_promotion,
         "embedder": champion.embedder,
-        "reranker": champion.reranker,
+        **({"reranker": champion.reranker} if champion.reranker else {}),
         **registered,
         "load": dg.MetadataValue.md(f"```python\n{load_lines(store, champion)}\n```"),
         "pointer": dg.MetadataValue.path(str(pointer(store))),
@@ -66,11 +66,16 @@ def champion_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         with readable_errors():
             run = pipeline.for_run(context.run_id)
             promoted = make_champion(run)
+            cards = write_champion_cards(run)
         told = "is the new champion" if promoted.new else "serves already, nothing was moved"
-        context.log.info(f"embedder {promoted.champion.embedder} with reranker {promoted.champion.reranker} {told}")
+        context.log.info(f"{promoted.champion.title} {told}")
         return dg.MaterializeResult(
             data_version=champion_data_version(promoted.promotion),
-            metadata={**champion_metadata(run.store, promoted.promotion), "reused": not promoted.new},
+            metadata={
+                **champion_metadata(run.store, promoted.promotion),
+                **{f"{kind}_card": dg.MetadataValue.path(str(path)) for kind, path in cards.items()},
+                "reused": not promoted.new,
+            },
         )
 
     return champion
