@@ -252,7 +252,7 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
     from embed_pipeline.training.job import EmbedderJob
 
     settings, source = pipeline.settings.embedder, pipeline.settings.source
-    negatives = pipeline.store.current("hard_negatives") if source.is_retrieval else None
+    negatives = pipeline.store.current("hard_negatives") if pipeline.settings.mines else None
     if negatives is None:
         cleaned = pipeline.store.current("cleaned_pairs")
     else:

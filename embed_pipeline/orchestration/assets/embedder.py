@@ -19,7 +19,7 @@ def embedder_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=[name, "embedder"],
-        deps=[[name, "hard_negatives"]],
+        deps=[[name, "hard_negatives" if pipeline.settings.mines else "cleaned_pairs"]],
         group_name=name,
         kinds={"pytorch", "huggingface", "mlflow"},
         pool="gpu",
