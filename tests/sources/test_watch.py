@@ -138,7 +138,10 @@ def test_only_changed_files_are_read_again(watched: Watched, monkeypatch: pytest
 
 def test_what_was_read_before_is_not_asked_for(watched: Watched) -> None:
     watched.write("a.parquet", "a")
-    content, state = content_digest(fingerprint((SETTINGS,), watched.folder)), state_digest(look((SETTINGS,), watched.folder))
+    content, state = (
+        content_digest(fingerprint((SETTINGS,), watched.folder)),
+        state_digest(look((SETTINGS,), watched.folder)),
+    )
     same_state = watched.settled(Read("f00", content, state))
     assert (same_state.request, same_state.reason) == (None, "1 file in the state that raw_pairs f00 was read from")
 
