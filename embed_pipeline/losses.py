@@ -19,6 +19,7 @@ EXAMPLE_KINDS: tuple[SourceKind, ...] = ("scored", "labelled", "parallel")
 Rows = Literal[
     "group",  # query, positive, negative_1, ...
     "pair",  # query, positive
+    "hardest",  # query, positive, the hardest negative of the group
     "triplet",  # query, positive, negative: one row a negative
     "judged",  # query, passage, label 1.0 or 0.0
     "teacher_group",  # query, positive, negative_1, ..., label: the teacher's score of each passage
@@ -45,6 +46,7 @@ class Loss:
     in_batch: bool = False  # takes `temperature` and `negatives_cross_device`
     cached: str | None = None  # its gradient-caching form, taken where `sub_batch_size` is set
     caches: bool = False  # is such a form itself: takes `sub_batch_size`
+    reaches_cosines: bool = False  # learns differences of cosines, so a teacher's logits are mapped to 0..1
     layers: bool = True  # may be wrapped in AdaptiveLayerLoss or Matryoshka2dLoss
 
 
@@ -92,7 +94,12 @@ EMBEDDER_LOSSES: Mapping[str, Loss] = MappingProxyType(
             layers=False,
         ),
         "GISTEmbedLoss": Loss(
-            _retrieval("group"), _GIST, ("guide",), sampler="no_duplicates", in_batch=True, cached="CachedGISTEmbedLoss"
+            _retrieval("hardest"),
+            _GIST,
+            ("guide",),
+            sampler="no_duplicates",
+            in_batch=True,
+            cached="CachedGISTEmbedLoss",
         ),
         "CachedGISTEmbedLoss": Loss(
             _retrieval("group"),
@@ -113,7 +120,7 @@ EMBEDDER_LOSSES: Mapping[str, Loss] = MappingProxyType(
         "TripletLoss": Loss(
             _retrieval("triplet"), ("distance_metric", "triplet_margin"), defaults={"triplet_margin": 0.5}
         ),
-        "MarginMSELoss": Loss(_retrieval("teacher_group"), (), ("teacher_scores",)),
+        "MarginMSELoss": Loss(_retrieval("teacher_group"), (), ("teacher_scores",), reaches_cosines=True),
         "DistillKLDivLoss": Loss(
             _retrieval("teacher_group"),
             ("temperature", "student_temperature", "teacher_temperature"),

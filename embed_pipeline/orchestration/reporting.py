@@ -59,7 +59,7 @@ def training_metadata(model: Artifact) -> dict[str, Any]:
     """What a training has to show: its figures, its curve, and how to load what it made."""
     from embed_pipeline.training.plot import training_curve
 
-    curve = picture(training_curve(model.path / TRAINING_LOG_FILE), "loss and dev nDCG@10 over steps")
+    curve = picture(training_curve(model.path), "loss and the dev figure over steps")
     card = (model.path / MODEL_FOLDER / "README.md").read_text()
     figures = {name: value for name, value in model.report.items() if isinstance(value, int | float | str)}
     return {**figures, "curve": curve, "card": dg.MetadataValue.md(card.partition("---\n")[2].partition("---\n")[2])}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.library_arguments import arguments_for
 from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.process import Rank
 
@@ -44,15 +45,20 @@ def trainer_arguments(job: TrainingJob, rank: Rank, work: Path) -> dict[str, Any
         "seed": job.seed,
         "data_seed": job.seed,
         "disable_tqdm": not rank.is_main,
+        **arguments_for(settings, "training"),
     }
 
 
-def check_steps(job: TrainingJob, rank: Rank, rows: int, what: str) -> None:
-    """Raises TrainingError when `rows` do not fill one batch of every process."""
-    needed = job.settings.batch_size * rank.world_size
+def check_steps(job: TrainingJob, rank: Rank, rows: int, what: str, rows_each: int = 1) -> None:
+    """Raises TrainingError when `rows` do not fill one batch of every process.
+
+    A batch has `batch_size` times `rows_each` of them.
+    """
+    needed = job.settings.batch_size * rows_each * rank.world_size
     if rows < needed:
+        times = f" x {rows_each} rows" if rows_each > 1 else ""
         raise TrainingError(
-            f"{rows} {what} do not fill one step: batch_size {job.settings.batch_size} x {rank.world_size} "
-            f"process(es) = {needed}. Lower batch_size to {max(1, rows // rank.world_size)} or less, or bring more "
-            "training rows"
+            f"{rows} {what} do not fill one step: batch_size {job.settings.batch_size}{times} x {rank.world_size} "
+            f"process(es) = {needed}. Lower batch_size to {max(1, rows // (rows_each * rank.world_size))} or less, or "
+            "bring more training rows"
         )

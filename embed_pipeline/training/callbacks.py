@@ -75,14 +75,16 @@ class Reporting(TrainerCallback):
 
 
 class DevEvaluation(TrainerCallback):
-    """Measures nDCG@10 on dev before, evenly spaced during and at the end; keeps the best weights; stops early.
+    """Measures on dev before, evenly spaced during and at the end; keeps the best weights; stops early.
 
-    `measure` runs on rank 0 while the other ranks wait. Without it (no dev queries) the last weights are the result.
+    `measure` gives the figures by name, and runs on rank 0 while the other ranks wait; the one called `metric` decides.
+    Without it (no dev split) the last weights are the result.
     """
 
     def __init__(
         self,
-        measure: Callable[[], float] | None,
+        measure: Callable[[], dict[str, float]] | None,
+        metric: str,
         model: nn.Module,
         best_weights: Path,
         *,
@@ -91,6 +93,7 @@ class DevEvaluation(TrainerCallback):
         reporter: Reporter | None,
     ) -> None:
         self.measure = measure
+        self.metric = metric
         self.model = model
         self.best_weights = best_weights
         self.evaluations = evaluations
@@ -105,7 +108,7 @@ class DevEvaluation(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.measure is None:
-            logger.info("no dev queries: no evaluation during training, the last weights are kept")
+            logger.info("no dev split: no evaluation during training, the last weights are kept")
             return
         self.steps = {math.ceil(state.max_steps * i / self.evaluations) for i in range(1, self.evaluations + 1)}
         self.before = self._measure(args, 0)
@@ -134,15 +137,16 @@ class DevEvaluation(TrainerCallback):
             return
         self.without_gain += 1
         if self.without_gain >= self.patience:
-            logger.info("no better dev nDCG@10 in %d evaluations: stopping at step %d", self.patience, step)
+            logger.info("no better dev %s in %d evaluations: stopping at step %d", self.metric, self.patience, step)
             control.should_training_stop = True
 
     def _measure(self, args: TrainingArguments, step: int) -> float:
         assert self.measure is not None
-        value = from_main(self.measure() if self.reporter is not None else math.nan)
+        figures = from_main(self.measure() if self.reporter is not None else {})
+        value = figures[self.metric]
         if not math.isfinite(value):
             raise not_finite("dev score", value, step, args)
         if self.reporter is not None:
-            self.reporter.report(step, {"dev_ndcg_at_10": value})
-            logger.info("step %d: dev nDCG@10 %.4f", step, value)
+            self.reporter.report(step, {f"dev_{name}": figure for name, figure in figures.items()})
+            logger.info("step %d: dev %s", step, ", ".join(f"{name} {found:.4f}" for name, found in figures.items()))
         return value

@@ -10,15 +10,15 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from embed_pipeline.launch.ending import leave, run_and_leave
-from embed_pipeline.models.embedder import Embedder, encoding_of
-from embed_pipeline.training.dev_set import EmbedderDevSet
+from embed_pipeline.models.embedder import encoding_of
+from embed_pipeline.training.dev import EmbedderDev, dev_metric
 from embed_pipeline.training.engines import module_of
 from embed_pipeline.training.job import EmbedderJob
 from embed_pipeline.training.output import embedder_card, write_model
 from embed_pipeline.training.process import start_rank, wait_for_all
 from embed_pipeline.training.reporting import open_reporter
-from embed_pipeline.training.rows import read_training_queries
 from embed_pipeline.training.run import remove_work_folder, train, work_folder
+from embed_pipeline.training.sources import read_embedder_sources
 
 
 @record
@@ -28,18 +28,19 @@ def main(job_file: Path) -> None:
     rank = start_rank(job)
     with contextlib.ExitStack() as stack:
         reporter = stack.enter_context(open_reporter(job.output)) if rank.is_main else None
-        queries = read_training_queries(job)
-        dev = EmbedderDevSet.read(job)
+        sources = read_embedder_sources(job)
+        dev = EmbedderDev.read(job)
         engine = importlib.import_module(module_of(job.settings.engine, "embedder"))
-        prepared = engine.prepare(job, rank, queries, work_folder(job))
+        prepared = engine.prepare(job, rank, sources, work_folder(job))
         model = prepared.model
         summary = train(
             job,
             rank,
             prepared,
-            (lambda: dev.ndcg_at_10(Embedder.around(model, rank.precision))) if dev else None,
-            queries=len(queries),
-            dev_queries=len(dev.queries) if dev else 0,
+            (lambda: dev.measure(model, rank.precision)) if dev else None,
+            metric=dev_metric(job),
+            queries=sources[0].size,
+            dev_queries=dev.size if dev else 0,
             reporter=reporter,
         )
         if rank.is_main:

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embed_pipeline.errors import TrainingError
-from embed_pipeline.settings import EmbedderSettings, RerankerSettings, TrainingSettings
+from embed_pipeline.losses import SourceKind
+from embed_pipeline.settings import EmbedderSettings, ExtraSourceSettings, RerankerSettings, TrainingSettings
 
 # What stands in the output folder; `training.output` says what each holds.
 JOB_FILE = "job.json"
@@ -31,8 +32,11 @@ class TrainingJob(BaseModel):
     seed: int
     base_model: Path
     trust_remote_code: bool = False
-    cleaned_pairs: Path = Field(description="folder with queries, passages and qrels")
-    hard_negatives: Path = Field(description="folder with the negatives of the train queries")
+    source_name: str = Field(description="of the pipeline's own source: the pipeline's name")
+    source_kind: SourceKind = "pairs"
+    extra_sources: tuple[ExtraSourceSettings, ...] = ()
+    cleaned_pairs: Path = Field(description="folder with queries, passages and qrels, or with examples")
+    hard_negatives: Path | None = Field(description="folder with the negatives of the train queries; null if not mined")
     output: Path = Field(description="folder to leave everything in; see training.output")
     world_size: int = Field(1, ge=1, description="processes that must take part, over all nodes")
 
@@ -56,6 +60,8 @@ class EmbedderJob(TrainingJob):
     entry_point: ClassVar[str] = "embed_pipeline.training.embedder"
     kind: Literal["embedder"] = "embedder"
     settings: EmbedderSettings
+    guides: dict[str, Path] = Field(default_factory=dict, description="folder of a source's guide, by its name")
+    teachers: dict[str, Path] = Field(default_factory=dict, description="folder of a source's teacher, by its name")
 
 
 class RerankerJob(TrainingJob):

@@ -23,13 +23,14 @@ from embed_pipeline.training.job import MODEL_FOLDER, SERVING_FILE, SUMMARY_FILE
 class Summary:
     kind: str
     engine: str
-    queries: int
-    rows: int
+    queries: int  # of the own source; of scored pairs, the pairs
+    rows: dict[str, int]  # what an epoch goes through, by source
     steps: int
     epochs: float
     dev_queries: int
-    dev_ndcg_at_10_before: float | None
-    dev_ndcg_at_10: float | None  # of the weights that were kept
+    dev_metric: str  # what the best weights were chosen by
+    dev_before: float | None
+    dev_best: float | None  # of the weights that were kept
     better_on_dev: bool | None  # than before the training; if not, the base model is the better one
     best_step: int | None
     train_seconds: float  # without loading, with the evaluations

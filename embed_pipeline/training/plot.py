@@ -1,4 +1,4 @@
-"""The picture of a training: its loss, and what the dev set said."""
+"""The picture of a training: its loss, and what dev said."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from embed_pipeline.drawing import svg_of
+from embed_pipeline.training.job import SUMMARY_FILE, TRAINING_LOG_FILE
 
 _LOSS, _DEV = "#3b6fd4", "#2a9d5c"
 
 
-def training_curve(log_file: Path) -> str:
-    """An SVG of loss (left) and dev nDCG@10 (right) over optimizer steps, from a `training_log.jsonl`."""
-    events = [json.loads(line) for line in log_file.read_text().splitlines()]
+def training_curve(version: Path) -> str:
+    """An SVG of loss (left) and the dev figure (right) over optimizer steps, of what a training left in `version`."""
+    events = [json.loads(line) for line in (version / TRAINING_LOG_FILE).read_text().splitlines()]
+    metric = json.loads((version / SUMMARY_FILE).read_text())["dev_metric"]
     figure = Figure(figsize=(7.0, 2.8), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     losses = [(event["step"], event["loss"]) for event in events if "loss" in event]
@@ -22,10 +24,10 @@ def training_curve(log_file: Path) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("loss", color=_LOSS)
     axes.spines[["top", "right"]].set_visible(False)
-    measured = [(event["step"], event["dev_ndcg_at_10"]) for event in events if "dev_ndcg_at_10" in event]
+    measured = [(event["step"], event[f"dev_{metric}"]) for event in events if f"dev_{metric}" in event]
     if measured:
         right = axes.twinx()
         right.plot(*zip(*measured, strict=True), color=_DEV, marker="o", markersize=4)
-        right.set_ylabel("dev nDCG@10", color=_DEV)
+        right.set_ylabel(f"dev {metric}", color=_DEV)
         right.spines[["top", "left"]].set_visible(False)
     return svg_of(figure, "training")

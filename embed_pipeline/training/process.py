@@ -98,6 +98,12 @@ def from_main(value: T) -> T:
     return box[0]
 
 
+def wait() -> None:
+    """Return when every rank has come here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def wait_for_all() -> None:
     """Return when every rank has come here, and leave the process group."""
     if torch.distributed.is_initialized():

@@ -12,14 +12,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from embed_pipeline.launch.ending import leave, run_and_leave
 from embed_pipeline.models.reranker import Reranker
-from embed_pipeline.training.dev_set import RerankerDevSet
+from embed_pipeline.training.dev import RerankerDev
 from embed_pipeline.training.engines import module_of
 from embed_pipeline.training.job import RerankerJob
 from embed_pipeline.training.output import reranker_card, write_model, write_serving
 from embed_pipeline.training.process import start_rank, wait_for_all
 from embed_pipeline.training.reporting import open_reporter
-from embed_pipeline.training.rows import read_training_queries
 from embed_pipeline.training.run import remove_work_folder, train, work_folder
+from embed_pipeline.training.sources import read_reranker_sources
 
 logger = logging.getLogger(__name__)
 
@@ -31,23 +31,24 @@ def main(job_file: Path) -> None:
     rank = start_rank(job)
     with contextlib.ExitStack() as stack:
         reporter = stack.enter_context(open_reporter(job.output)) if rank.is_main else None
-        queries = read_training_queries(job)
-        dev = RerankerDevSet.read(job)
+        sources = read_reranker_sources(job)
+        dev = RerankerDev.read(job)
         engine = importlib.import_module(module_of(job.settings.engine, "reranker"))
-        prepared = engine.prepare(job, rank, queries, work_folder(job))
-        reranker = Reranker.around(prepared.model, rank.precision)
+        prepared = engine.prepare(job, rank, sources, work_folder(job))
+        model = prepared.model
         summary = train(
             job,
             rank,
             prepared,
-            (lambda: dev.ndcg_at_10(reranker)) if dev else None,
-            queries=len(queries),
-            dev_queries=len(dev.queries) if dev else 0,
+            (lambda: dev.measure(model, rank.precision)) if dev else None,
+            metric="ndcg_at_10",
+            queries=sources[0].size,
+            dev_queries=len(dev.own.queries) if dev else 0,
             reporter=reporter,
         )
         if rank.is_main:
-            write_model(prepared.model, job, summary, reranker_card(job, summary, prepared.model.max_seq_length))
-            by_weight = dev.ndcg_at_10_by_weight(reranker) if dev else {}
+            write_model(model, job, summary, reranker_card(job, summary, model.max_seq_length))
+            by_weight = dev.own.ndcg_at_10_by_weight(Reranker.around(model, rank.precision)) if dev else {}
             write_serving(job.output, _embedder_weight(job, by_weight), by_weight)
     wait_for_all()
     if rank.is_main:

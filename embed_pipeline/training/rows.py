@@ -6,15 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embed_pipeline.errors import TrainingError
-from embed_pipeline.settings import RerankerSettings
+from embed_pipeline.settings import RerankerSettings, TrainingSettings
 from embed_pipeline.tables import HARD_NEGATIVES_FILE, PASSAGES_FILE, QUERIES_FILE, WITHHELD_FILE, passage_text
-from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.random_negatives import add_random, turns
 
 
@@ -24,57 +24,80 @@ class TrainingQuery:
     positives: tuple[str, ...]  # at least one
     negatives: tuple[str, ...]  # hardest first; at least one wherever groups hold mined ones
     random: tuple[str, ...] = ()  # random passages, for as many groups as `random_negatives.turns` says
+    positive_scores: tuple[float, ...] = ()  # a teacher's logits; empty where a text of the query has none
+    negative_scores: tuple[float, ...] = ()
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether a teacher has scored every text that a group can hold."""
+        all_scored = len(self.positive_scores), len(self.negative_scores)
+        return all_scored == (len(self.positives), len(self.negatives)) and not self.random
 
 
-def read_training_queries(job: TrainingJob) -> list[TrainingQuery]:
-    """The job's train queries in the order of their ids; a seeded sample of them if `train_queries` asks for one.
+class Group(NamedTuple):
+    """A query with one of its positives and the negatives of its turn, the random ones last."""
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...]
+    scores: tuple[float, ...] = ()  # a teacher's, of the positive and of each negative; empty without a teacher
+
+
+def read_training_queries(
+    settings: TrainingSettings, seed: int, cleaned_pairs: Path, hard_negatives: Path, wanted: int | None
+) -> list[TrainingQuery]:
+    """The train queries in the order of their ids; a seeded sample of `wanted` of them if that is fewer.
 
     A query without any negative gets random passages that are no positive of it (withheld ones count as positives),
     nor a near-duplicate of one.
     Raises TrainingError when a table is missing or there is no query to train on.
     """
-    rows = sorted(read_table(job.hard_negatives / HARD_NEGATIVES_FILE).to_pylist(), key=lambda row: row["query_id"])
+    rows = sorted(read_table(hard_negatives / HARD_NEGATIVES_FILE).to_pylist(), key=lambda row: row["query_id"])
     rows = [row for row in rows if row["positive_ids"]]
     if not rows:
         raise TrainingError(
-            f"{job.hard_negatives / HARD_NEGATIVES_FILE} has no query with a positive: nothing to train on. "
+            f"{hard_negatives / HARD_NEGATIVES_FILE} has no query with a positive: nothing to train on. "
             "See cleaned_pairs' `rejected` table for what became of the raw rows"
         )
-    wanted = job.settings.train_queries
     if wanted is not None and wanted < len(rows):
-        chosen = np.random.default_rng(job.seed).choice(len(rows), size=wanted, replace=False)
+        chosen = np.random.default_rng(seed).choice(len(rows), size=wanted, replace=False)
         rows = [rows[i] for i in np.sort(chosen)]
-    random_needed = job.settings.random_negatives if isinstance(job.settings, RerankerSettings) else 0
-    negatives_needed = job.settings.train_group_size - 1 - random_needed
-    if job.settings.train_group_size > 1:
-        _add_known(rows, job.cleaned_pairs)
+    random_needed = settings.random_negatives if isinstance(settings, RerankerSettings) else 0
+    negatives_needed = settings.train_group_size - 1 - random_needed
+    if settings.train_group_size > 1:
+        _add_known(rows, cleaned_pairs)
     if negatives_needed:
-        _fill_empty(rows, job, negatives_needed)
+        _fill_empty(rows, cleaned_pairs, seed, negatives_needed)
     if random_needed:
-        corpus = read_table(job.cleaned_pairs / PASSAGES_FILE, ["passage_id", "cluster_id"])
-        add_random(rows, corpus, job.seed, random_needed, negatives_needed)
+        corpus = read_table(cleaned_pairs / PASSAGES_FILE, ["passage_id", "cluster_id"])
+        add_random(rows, corpus, seed, random_needed, negatives_needed)
     keys = ("positive_ids", "negative_ids", "random_ids")
     needed = {id for row in rows for key in keys for id in row.get(key, ())}
-    passages = read_passages(job.cleaned_pairs, needed)
-    queries = read_queries(job.cleaned_pairs, {row["query_id"] for row in rows})
+    passages = read_passages(cleaned_pairs, needed)
+    queries = read_queries(cleaned_pairs, {row["query_id"] for row in rows})
     return [
         TrainingQuery(
             queries[row["query_id"]],
             tuple(passages[id] for id in row["positive_ids"]),
             tuple(passages[id] for id in row["negative_ids"]),
             tuple(passages[id] for id in row.get("random_ids", ())),
+            tuple(row["positive_teacher_scores"] or ()),
+            tuple(row["negative_teacher_scores"] or ()),
         )
         for row in rows
     ]
 
 
-def groups(
-    queries: Iterable[TrainingQuery], group_size: int, random_negatives: int = 0
-) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """One (query, positive, group_size - 1 negatives, the random ones last) a judged pair."""
+def groups(queries: Iterable[TrainingQuery], group_size: int, random_negatives: int = 0) -> Iterator[Group]:
+    """One group a judged pair, with group_size - 1 negatives."""
     for query in queries:
         for turn, positive in enumerate(query.positives):
-            yield query.query, positive, negatives_of(query, turn, group_size, random_negatives)
+            negatives = negatives_of(query, turn, group_size, random_negatives)
+            scores: tuple[float, ...] = ()
+            if query.has_scores:
+                of_negatives = (query.negative_scores[i] for i in _turn(len(query.negatives), turn, group_size - 1))
+                scores = (query.positive_scores[turn], *of_negatives)
+            yield Group(query.query, positive, negatives, scores)
 
 
 def negatives_of(query: TrainingQuery, turn: int, group_size: int, random_negatives: int = 0) -> tuple[str, ...]:
@@ -83,11 +106,14 @@ def negatives_of(query: TrainingQuery, turn: int, group_size: int, random_negati
     The next group goes on where the last one stopped; at the end it begins again, so a query with too few repeats them
     (as FlagEmbedding does).
     """
-    mined = group_size - 1 - random_negatives
     return (
-        *(query.negatives[(turn * mined + i) % len(query.negatives)] for i in range(mined)),
-        *(query.random[(turn * random_negatives + i) % len(query.random)] for i in range(random_negatives)),
+        *(query.negatives[i] for i in _turn(len(query.negatives), turn, group_size - 1 - random_negatives)),
+        *(query.random[i] for i in _turn(len(query.random), turn, random_negatives)),
     )
+
+
+def _turn(available: int, turn: int, count: int) -> list[int]:
+    return [(turn * count + i) % available for i in range(count)]
 
 
 def negatives_to_draw_from(query: TrainingQuery, group_size: int, random_negatives: int) -> list[str]:
@@ -136,7 +162,7 @@ def read_queries(cleaned_pairs: Path, ids: set[str]) -> dict[str, str]:
     return {id: texts[id] for id in ids}
 
 
-def _add_known(rows: list[dict[str, list[str]]], cleaned_pairs: Path) -> None:
+def _add_known(rows: list[dict[str, Any]], cleaned_pairs: Path) -> None:
     """Set every row's `known_ids`: its positives, and the passages withheld from it. None of them may be a negative."""
     withheld: dict[str, list[str]] = defaultdict(list)
     for pair in read_table(cleaned_pairs / WITHHELD_FILE).to_pylist():
@@ -145,18 +171,19 @@ def _add_known(rows: list[dict[str, list[str]]], cleaned_pairs: Path) -> None:
         row["known_ids"] = [*row["positive_ids"], *withheld.get(str(row["query_id"]), ())]
 
 
-def _fill_empty(rows: list[dict[str, list[str]]], job: TrainingJob, count: int) -> None:
+def _fill_empty(rows: list[dict[str, Any]], cleaned_pairs: Path, seed: int, count: int) -> None:
     empty = [row for row in rows if not row["negative_ids"]]
     if not empty:
         return
-    table = read_table(job.cleaned_pairs / PASSAGES_FILE, ["passage_id", "cluster_id"])
+    table = read_table(cleaned_pairs / PASSAGES_FILE, ["passage_id", "cluster_id"])
     passage_ids, clusters = table["passage_id"].to_pylist(), table["cluster_id"].to_pylist()
     cluster_of = dict(zip(passage_ids, clusters, strict=True))
-    generator = np.random.default_rng([job.seed, 1])
+    generator = np.random.default_rng([seed, 1])
     for row in empty:
         refused = {cluster_of.get(id) for id in row["known_ids"]}
         drawn = generator.permutation(len(passage_ids))[: count + _members(clusters, refused)]
         row["negative_ids"] = [passage_ids[i] for i in drawn if clusters[i] not in refused][:count]
+        row["negative_teacher_scores"] = None
         if not row["negative_ids"]:
             raise TrainingError(
                 f"query {row['query_id']!r} has no negative and the corpus holds nothing but its positives. Train with "

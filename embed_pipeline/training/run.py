@@ -16,6 +16,7 @@ from embed_pipeline.errors import TrainingError
 from embed_pipeline.training.callbacks import DevEvaluation, FiniteLoss, Reporting
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.job import TrainingJob
+from embed_pipeline.training.modules import merge_adapters
 from embed_pipeline.training.output import Summary
 from embed_pipeline.training.process import Rank, check_same_weights, check_synchronised
 from embed_pipeline.training.reporting import Reporter
@@ -38,13 +39,14 @@ def train(
     job: TrainingJob,
     rank: Rank,
     prepared: Prepared[SentenceTransformer] | Prepared[CrossEncoder],
-    measure: Callable[[], float] | None,
+    measure: Callable[[], dict[str, float]] | None,
     *,
+    metric: str,
     queries: int,
     dev_queries: int,
     reporter: Reporter | None,
 ) -> Summary:
-    """Train; on rank 0 the model then has its best weights. `measure` gives the dev nDCG@10 of the model as it is.
+    """Train; on rank 0 the model then has its best weights. `measure` gives the dev figures of the model as it is.
 
     Raises TrainingError when the loss stops being a number, memory runs out, or not one step was made.
     """
@@ -52,6 +54,7 @@ def train(
     check_synchronised(trainer.args, rank)
     evaluation = DevEvaluation(
         measure,
+        metric,
         prepared.model,
         work_folder(job) / "best.safetensors",
         evaluations=settings.evaluations,
@@ -63,11 +66,12 @@ def train(
         trainer.add_callback(Reporting(reporter))
     trainer.add_callback(evaluation)
     started = time.monotonic()
-    _run(trainer, job, rank, prepared.rows)
+    _run(trainer, job, rank, sum(prepared.rows.values()))
     seconds, steps = time.monotonic() - started, trainer.state.global_step
     check_same_weights(prepared.model)
     if rank.is_main:
         evaluation.restore_best()
+        merge_adapters(prepared.model)
     return Summary(
         kind=job.entry_point.rpartition(".")[2],
         engine=settings.engine,
@@ -76,9 +80,10 @@ def train(
         steps=steps,
         epochs=round(trainer.state.epoch or 0.0, 4),
         dev_queries=dev_queries,
-        dev_ndcg_at_10_before=evaluation.before,
-        dev_ndcg_at_10=evaluation.best,
-        better_on_dev=_better(evaluation.before, evaluation.best),
+        dev_metric=metric,
+        dev_before=evaluation.before,
+        dev_best=evaluation.best,
+        better_on_dev=_better(metric, evaluation.before, evaluation.best),
         best_step=evaluation.best_step,
         train_seconds=round(seconds, 3),
         steps_per_second=round(steps / seconds, 4),
@@ -106,14 +111,15 @@ def _run(trainer: Trainer, job: TrainingJob, rank: Rank, rows: int) -> None:
         )
 
 
-def _better(before: float | None, after: float | None) -> bool | None:
+def _better(metric: str, before: float | None, after: float | None) -> bool | None:
     """Whether the kept weights, which are always from after the start, do better on dev; tells when they do worse."""
     if before is None or after is None:
         return None
     if after < before:
         logger.warning(
-            "dev nDCG@10 fell from %.4f to %.4f: the base model does better than any evaluation of this training. "
+            "dev %s fell from %.4f to %.4f: the base model does better than any evaluation of this training. "
             "Lower learning_rate, or bring more training rows",
+            metric,
             before,
             after,
         )

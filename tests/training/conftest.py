@@ -27,6 +27,7 @@ def job_of(problem: Problem, tiny_bert_folder: Path) -> Callable[..., TrainingJo
         common: dict[str, Any] = {
             "seed": seed,
             "base_model": tiny_bert_folder,
+            "source_name": "shop",
             "cleaned_pairs": problem.cleaned_pairs,
             "hard_negatives": problem.hard_negatives,
             "output": output,
@@ -56,9 +57,11 @@ def job_of(problem: Problem, tiny_bert_folder: Path) -> Callable[..., TrainingJo
 def train(job_of: Callable[..., TrainingJob], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
     """Run such a job by torchrun to its end, and read what it left."""
 
-    def run(kind: str, world_size: int = 1, **settings: Any) -> Trained:
+    def run(
+        kind: str, world_size: int = 1, change: Callable[[TrainingJob], TrainingJob] = lambda job: job, **settings: Any
+    ) -> Trained:
         folder = tmp_path_factory.mktemp(kind)
-        job = job_of(kind, folder / "output", world_size, **settings)
+        job = change(job_of(kind, folder / "output", world_size, **settings))
         launch(job, folder)
         return read_output(job)
 

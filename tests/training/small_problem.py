@@ -59,12 +59,18 @@ def write_problem(folder: Path) -> Problem:
     tables.write(table, tables.PASSAGES, folder / tables.PASSAGES_FILE)
     judged = [(f"q{i}", f"p{i}") for i in range(64)] + [(QUERY_WITH_TWO_POSITIVES, "p70")]
     table = pa.table(
-        {"query_id": [q for q, _ in judged], "passage_id": [p for _, p in judged], "relevance": [1.0] * len(judged)}
+        {
+            "query_id": [q for q, _ in judged],
+            "passage_id": [p for _, p in judged],
+            "relevance": [1.0] * len(judged),
+            "teacher_score": pa.nulls(len(judged), pa.float64()),
+        }
     )
     tables.write(table, tables.QRELS, folder / tables.QRELS_FILE)
     tables.write(tables.WITHHELD.empty_table(), tables.WITHHELD, folder / tables.WITHHELD_FILE)
     _write_negatives(folder, generator)
     _write_candidates(folder, generator)
+    _write_extra_sources(folder, generator)
     return Problem(folder, folder, folder / tables.CANDIDATES_FILE)
 
 
@@ -82,6 +88,8 @@ def _write_negatives(folder: Path, generator: np.random.Generator) -> None:
                 "positive_scores": [0.9] * len(positives),
                 "negative_scores": [0.5] * len(negatives),
                 "negative_origins": ["mined"] * len(negatives),
+                "positive_teacher_scores": [4.0] * len(positives),
+                "negative_teacher_scores": [-1.0 - 0.5 * j for j in range(len(negatives))],
             }
         )
     table = pa.Table.from_pylist(rows, schema=tables.HARD_NEGATIVES)
@@ -100,6 +108,46 @@ def _write_candidates(folder: Path, generator: np.random.Generator) -> None:
         ]
     table = pa.Table.from_pylist(rows, schema=tables.CANDIDATES)
     tables.write(table, tables.CANDIDATES, folder / tables.CANDIDATES_FILE)
+
+
+def _write_extra_sources(folder: Path, generator: np.random.Generator) -> None:
+    """`faq` is the own source once more; the others are one of each example kind."""
+    faq = tables.extra_folder(folder, "faq")
+    faq.mkdir(parents=True)
+    for name in (tables.QUERIES_FILE, tables.PASSAGES_FILE, tables.QRELS_FILE, tables.WITHHELD_FILE):
+        (faq / name).symlink_to(folder / name)
+    (faq / tables.HARD_NEGATIVES_FILE).symlink_to(folder / tables.HARD_NEGATIVES_FILE)
+    sentences = [f"a {word} {topic}" for topic in TOPICS for word in WORDS]
+    pairs = [(sentences[i], sentences[j]) for i, j in generator.integers(0, len(sentences), (72, 2)).tolist()]
+    # Alike is what shares its topic.
+    alike = [float(first.split()[2] == second.split()[2]) for first, second in pairs]
+    alike[:12] = [1.0] * 12
+    pairs[:12] = [(f"a {word} river", f"the {word} river") for word in WORDS[:12]]
+    graded = [
+        0.5 * value + 0.5 * float(a.split()[1] == b.split()[1]) for value, (a, b) in zip(alike, pairs, strict=True)
+    ]
+    kinds: dict[str, tuple[list[str | None], list[float | None], list[str | None]]] = {
+        "sts": ([b for _, b in pairs], list(graded), [None] * 72),
+        "duplicates": ([b for _, b in pairs], list(alike), ["yes" if value else "no" for value in alike]),
+        "entailment": ([b for _, b in pairs], [None] * 72, [str(i // 3 % 3) for i in range(72)]),
+        "topics": ([None] * 72, [None] * 72, [pair[0].split()[2] for pair in pairs]),
+        "translated": ([f"{b} in other words" for _, b in pairs], [None] * 72, [None] * 72),
+    }
+    for name, (second, scores, labels) in kinds.items():
+        extra = tables.extra_folder(folder, name)
+        extra.mkdir()
+        table = pa.table(
+            {
+                "example_id": [f"e{i:02}" for i in range(72)],
+                "sentence1": [pair[0] for pair in pairs],
+                "sentence2": pa.array(second, pa.string()),
+                "score": pa.array(scores, pa.float64()),
+                "label": pa.array(labels, pa.string()),
+                "split": ["dev" if i % 3 == 2 else "train" for i in range(72)],
+                "group_id": [f"g{i}" for i in range(72)],
+            }
+        )
+        tables.write(table, tables.EXAMPLES, extra / tables.EXAMPLES_FILE)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from embed_pipeline.errors import TrainingError
-from embed_pipeline.settings import LOSS_ARGUMENTS, EmbedderSettings, EncodingSettings, RerankerSettings
+from embed_pipeline.settings import EncodingSettings, RerankerSettings
 from embed_pipeline.training.job import EmbedderJob, RerankerJob, TrainingJob
 
 
@@ -42,56 +41,6 @@ def test_a_damaged_job_is_named(tmp_path: Path) -> None:
 def test_a_group_that_cannot_be_filled_is_refused_with_the_settings(extra: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         RerankerSettings.model_validate({"base_model": "embedder", **extra})
-
-
-@pytest.mark.parametrize(
-    ("settings", "extra", "message"),
-    [
-        (EmbedderSettings, {"loss": "TripletLoss"}, "'MultipleNegativesRankingLoss' or 'Cached"),
-        (RerankerSettings, {"loss": "CrossEntropyLoss"}, "'BinaryCrossEntropyLoss', 'ListNetLoss'"),
-        (RerankerSettings, {"loss": "LambdaLoss", "engine": "flag-embedding"}, "`loss` belongs to engine sentence"),
-        (EmbedderSettings, {"loss_arguments": {"a": 1}, "engine": "flag-embedding"}, "`loss_arguments` belongs to"),
-    ],
-)
-def test_losses_that_cannot_be_are_refused_with_the_settings(
-    settings: type[EmbedderSettings], extra: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValidationError, match=message):
-        settings.model_validate({"base_model": {"path": "somewhere"}, **extra})
-
-
-@pytest.mark.parametrize(
-    ("settings", "extra", "message"),
-    [
-        (EmbedderSettings, {"loss_arguments": {"margin": 1}}, "takes no margin. Allowed: directions, partition_mode"),
-        (EmbedderSettings, {"loss_arguments": {"scale": 1}}, "takes no scale"),
-        (EmbedderSettings, {"loss_arguments": {"mini_batch_num_tokens": 9}}, "takes no mini_batch_num_tokens"),
-        (RerankerSettings, {"loss_arguments": {"k": 1}}, "BinaryCrossEntropyLoss takes no k. Allowed: pos_weight"),
-    ],
-)
-def test_arguments_that_a_loss_does_not_take_are_refused_with_the_settings(
-    settings: type[EmbedderSettings], extra: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValidationError, match=message):
-        settings.model_validate({"base_model": {"path": "somewhere"}, **extra})
-
-
-def test_the_arguments_of_a_losss_cached_form_are_known() -> None:
-    given = {"base_model": {"path": "x"}, "sub_batch_size": 2, "loss_arguments": {"mini_batch_num_tokens": 9}}
-    assert EmbedderSettings.model_validate(given).loss_arguments == {"mini_batch_num_tokens": 9}
-
-
-@pytest.mark.parametrize("loss", LOSS_ARGUMENTS)
-def test_the_arguments_that_are_offered_are_the_librarys(loss: str) -> None:
-    from sentence_transformers.cross_encoder import losses as of_pairs
-    from sentence_transformers.sentence_transformer import losses as of_texts
-
-    found = inspect.signature(getattr(of_texts, loss, None) or getattr(of_pairs, loss)).parameters
-    # Decided by other settings or by how the models here are made, or not sayable in YAML.
-    ours = {"model", "scale", "gather_across_devices", "show_progress_bar", "kwargs"}
-    ours |= {"mini_batch_size"} if loss.startswith("Cached") else set()  # sub_batch_size
-    ours |= {"similarity_fct", "activation_fn", "weighting_scheme", "lambda_weight"}
-    assert set(LOSS_ARGUMENTS[loss]) == set(found) - ours
 
 
 def test_flag_embeddings_names_of_the_lengths_are_accepted() -> None:

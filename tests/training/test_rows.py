@@ -19,14 +19,21 @@ from embed_pipeline.training.rows import TrainingQuery, groups, negatives_to_dra
 Jobs = Callable[..., TrainingJob]
 
 
+def _queries(job: TrainingJob) -> list[TrainingQuery]:
+    assert job.hard_negatives is not None
+    return read_training_queries(
+        job.settings, job.seed, job.cleaned_pairs, job.hard_negatives, job.settings.train_queries
+    )
+
+
 def test_each_positive_goes_on_in_the_negatives_and_begins_again_at_their_end() -> None:
     query = TrainingQuery("q", ("a", "b", "c"), ("1", "2", "3"))
-    assert list(groups([query], 3)) == [
+    assert [group[:3] for group in groups([query], 3)] == [
         ("q", "a", ("1", "2")),
         ("q", "b", ("3", "1")),
         ("q", "c", ("2", "3")),
     ]
-    assert list(groups([query], 1)) == [("q", "a", ()), ("q", "b", ()), ("q", "c", ())]
+    assert [group[:3] for group in groups([query], 1)] == [("q", "a", ()), ("q", "b", ()), ("q", "c", ())]
 
 
 def test_a_query_without_negatives_gets_random_passages_that_are_no_positives(
@@ -35,11 +42,11 @@ def test_a_query_without_negatives_gets_random_passages_that_are_no_positives(
     queries = pq.read_table(problem.cleaned_pairs / tables.QUERIES_FILE).to_pylist()
     text = next(row["query"] for row in queries if row["query_id"] == QUERY_WITHOUT_NEGATIVES)
     job = job_of("embedder", tmp_path, train_group_size=5)
-    found = next(query for query in read_training_queries(job) if query.query == text)
+    found = next(query for query in _queries(job) if query.query == text)
     assert len(set(found.negatives)) == 4
     assert not set(found.negatives) & set(found.positives)
-    assert found == next(query for query in read_training_queries(job) if query.query == text)
-    alone = read_training_queries(job_of("embedder", tmp_path, train_group_size=1))
+    assert found == next(query for query in _queries(job) if query.query == text)
+    alone = _queries(job_of("embedder", tmp_path, train_group_size=1))
     assert next(query for query in alone if query.query == text).negatives == ()
 
 
@@ -53,7 +60,7 @@ def test_random_negatives_are_no_near_duplicates_of_a_positive(job_of: Jobs, tmp
     table = pa.Table.from_pylist(passages, schema=tables.PASSAGES)
     tables.write(table, tables.PASSAGES, tmp_path / tables.PASSAGES_FILE)
     job = job_of("embedder", tmp_path).model_copy(update={"cleaned_pairs": tmp_path})
-    first = read_training_queries(job)[0]  # q0, the one without negatives
+    first = _queries(job)[0]  # q0, the one without negatives
     assert first.negatives == (next(row["text"] for row in passages if row["passage_id"] == "p7"),)
 
 
@@ -70,7 +77,7 @@ def test_withheld_passages_are_no_random_negatives(
     tables.write(pa.Table.from_pylist(pairs, tables.WITHHELD), tables.WITHHELD, tmp_path / tables.WITHHELD_FILE)
     more = {"random_negatives": 1, "train_group_size": 2} if kind == "reranker" else {"train_group_size": 3}
     job = job_of(kind, tmp_path, **more).model_copy(update={"cleaned_pairs": tmp_path})
-    first, second = read_training_queries(job)[:2]  # q0 has no negatives of its own
+    first, second = _queries(job)[:2]  # q0 has no negatives of its own
     drawn = {*first.negatives, *first.random}
     assert drawn
     assert drawn <= {row["text"] for row in passages if row["passage_id"] in left}
@@ -80,7 +87,7 @@ def test_withheld_passages_are_no_random_negatives(
 
 def test_random_negatives_stand_beside_mined_ones_in_every_group() -> None:
     query = TrainingQuery("q", ("a", "b"), ("1", "2", "3"), ("x", "y", "z", "w"))
-    assert list(groups([query], 4, 2)) == [("q", "a", ("1", "x", "y")), ("q", "b", ("2", "z", "w"))]
+    assert [group[:3] for group in groups([query], 4, 2)] == [("q", "a", ("1", "x", "y")), ("q", "b", ("2", "z", "w"))]
     assert negatives_to_draw_from(query, 4, 0) == ["1", "2", "3"]
     # Drawn from blindly, a group of 5 has one random negative on average: a quarter of these.
     assert negatives_to_draw_from(query, 5, 1) == ["1", "2", "3", "x", "1", "2", "3", "y"]
@@ -89,38 +96,38 @@ def test_random_negatives_stand_beside_mined_ones_in_every_group() -> None:
 @pytest.mark.parametrize("engine", ["sentence-transformers", "flag-embedding"])
 def test_random_negatives_are_seeded_and_neither_positive_nor_mined(job_of: Jobs, tmp_path: Path, engine: str) -> None:
     job = job_of("reranker", tmp_path, engine=engine, train_group_size=6, random_negatives=3)
-    queries = read_training_queries(job)
+    queries = _queries(job)
     for query in queries:
         assert len(query.random) == len(set(query.random)) >= 3 * len(query.positives)
         assert not set(query.random) & {*query.positives, *query.negatives}
     assert len({query.random for query in queries}) == len(queries)
-    assert queries == read_training_queries(job)
+    assert queries == _queries(job)
     other_seed = job_of("reranker", tmp_path, engine=engine, seed=4, train_group_size=6, random_negatives=3)
-    assert queries != read_training_queries(other_seed)
+    assert queries != _queries(other_seed)
 
 
 def test_a_group_may_hold_random_negatives_alone(job_of: Jobs, tmp_path: Path) -> None:
-    queries = read_training_queries(job_of("reranker", tmp_path, train_group_size=3, random_negatives=2))
-    assert all(set(negatives) <= set(query.random) for query in queries for *_, negatives in groups([query], 3, 2))
+    queries = _queries(job_of("reranker", tmp_path, train_group_size=3, random_negatives=2))
+    assert all(set(negatives) <= set(query.random) for query in queries for _, _, negatives, _ in groups([query], 3, 2))
 
 
 def test_several_positives_are_several_rows(job_of: Jobs, tmp_path: Path) -> None:
-    queries = read_training_queries(job_of("embedder", tmp_path))
+    queries = _queries(job_of("embedder", tmp_path))
     assert sorted(len(query.positives) for query in queries)[-2:] == [1, 2], QUERY_WITH_TWO_POSITIVES
     assert len(list(groups(queries, 3))) == 49
 
 
 def test_a_sample_of_the_queries_is_the_same_for_the_same_seed(job_of: Jobs, tmp_path: Path) -> None:
-    sample = read_training_queries(job_of("embedder", tmp_path, train_queries=10))
+    sample = _queries(job_of("embedder", tmp_path, train_queries=10))
     assert len(sample) == 10
-    assert sample == read_training_queries(job_of("embedder", tmp_path, train_queries=10))
-    assert sample != read_training_queries(job_of("embedder", tmp_path, seed=4, train_queries=10))
+    assert sample == _queries(job_of("embedder", tmp_path, train_queries=10))
+    assert sample != _queries(job_of("embedder", tmp_path, seed=4, train_queries=10))
 
 
 def test_a_missing_table_is_named(job_of: Jobs, tmp_path: Path) -> None:
     job = job_of("embedder", tmp_path).model_copy(update={"hard_negatives": tmp_path})
     with pytest.raises(TrainingError, match=r"cannot read .*hard_negatives\.parquet.*Materialize"):
-        read_training_queries(job)
+        _queries(job)
 
 
 def test_tables_of_different_versions_are_refused(job_of: Jobs, tmp_path: Path, problem: Problem) -> None:
@@ -128,11 +135,22 @@ def test_tables_of_different_versions_are_refused(job_of: Jobs, tmp_path: Path, 
     tables.write(table, tables.PASSAGES, tmp_path / tables.PASSAGES_FILE)
     job = job_of("embedder", tmp_path, train_group_size=1).model_copy(update={"cleaned_pairs": tmp_path})
     with pytest.raises(TrainingError, match=r"passages are not in .* e\.g\. 'p0'.*different versions"):
-        read_training_queries(job)
+        _queries(job)
 
 
 def test_no_train_query_is_an_error(job_of: Jobs, tmp_path: Path) -> None:
     tables.write(tables.HARD_NEGATIVES.empty_table(), tables.HARD_NEGATIVES, tmp_path / tables.HARD_NEGATIVES_FILE)
     job = job_of("embedder", tmp_path).model_copy(update={"hard_negatives": tmp_path})
     with pytest.raises(TrainingError, match="no query with a positive"):
-        read_training_queries(job)
+        _queries(job)
+
+
+def test_a_teachers_scores_stay_with_their_texts(job_of: Jobs, tmp_path: Path) -> None:
+    query = TrainingQuery("q", ("a", "b"), ("1", "2", "3"), (), (4.0, 5.0), (1.0, 2.0, 3.0))
+    assert [group.scores for group in groups([query], 3)] == [(4.0, 1.0, 2.0), (5.0, 3.0, 1.0)]
+    partly = TrainingQuery("q", ("a",), ("1",), (), (4.0,), ())
+    assert not partly.has_scores
+    assert [group.scores for group in groups([partly], 2)] == [()]
+    without, *others = _queries(job_of("embedder", tmp_path))  # q0 has random negatives, which no teacher scored
+    assert not without.has_scores
+    assert all(query.has_scores for query in others)

@@ -34,7 +34,7 @@ def test_an_embedder_is_trained_by_both_ranks_together(embedder: Trained) -> Non
     # The trainer itself fails unless both ranks end with the same weights (check_same_weights).
     assert embedder.summary["world_size"] == 2
     rows = 49 if embedder.summary["engine"] == "sentence-transformers" else 48  # pairs, or queries
-    assert (embedder.summary["rows"], embedder.summary["steps"]) == (rows, 12)
+    assert (embedder.summary["rows"], embedder.summary["steps"]) == ({"shop": rows}, 12)
     assert embedder.summary["threads"] == 1
     assert [len(list((embedder.output.parent / "logs").rglob(f"{rank}/stderr.log"))) for rank in (0, 1)] == [1, 1]
 
@@ -66,8 +66,8 @@ def test_an_embedder_is_saved_with_what_it_was_trained_with(embedder: Trained) -
 def test_the_log_holds_losses_and_the_dev_metric_from_before_the_first_step(embedder: Trained) -> None:
     dev = {row["step"]: row["dev_ndcg_at_10"] for row in embedder.log if "dev_ndcg_at_10" in row}
     assert list(dev) == [0, 6, 12]
-    assert dev[0] == embedder.summary["dev_ndcg_at_10_before"]
-    assert max(dev[6], dev[12]) == embedder.summary["dev_ndcg_at_10"] == dev[embedder.summary["best_step"]]
+    assert dev[0] == embedder.summary["dev_before"]
+    assert max(dev[6], dev[12]) == embedder.summary["dev_best"] == dev[embedder.summary["best_step"]]
     steps = [row for row in embedder.log if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 4, 6, 8, 10, 12]
     assert {"loss", "learning_rate", "grad_norm", "epoch", "seconds"} <= steps[0].keys()
@@ -91,7 +91,7 @@ def test_a_reranker_leaves_its_share_in_the_final_score(reranker: Trained) -> No
     assert list(by_weight) == [round(0.1 * i, 1) for i in range(11)]
     best = max(by_weight.values())
     assert serving["embedder_weight"] == min(weight for weight, value in by_weight.items() if value == best)
-    assert by_weight[0.0] == pytest.approx(reranker.summary["dev_ndcg_at_10"])
+    assert by_weight[0.0] == pytest.approx(reranker.summary["dev_best"])
 
 
 def test_only_what_is_needed_is_left_of_an_embedder(embedder: Trained) -> None:

@@ -1,6 +1,6 @@
 """The two libraries that train, each for both model kinds; every module has one function, `prepare`.
 
-`prepare(job, rank, queries, work)` gives a Prepared: a transformers Trainer ready to run, and the model in
+`prepare(job, rank, sources, work)` gives a Prepared: a transformers Trainer ready to run, and the model in
 sentence-transformers' form around the very parameters that it trains. So both engines are watched, restored and
 saved by the same code, and what they leave is the same kind of folder.
 """
@@ -8,7 +8,7 @@ saved by the same code, and what they leave is the same kind of folder.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from transformers import Trainer
 
@@ -21,14 +21,9 @@ Model = TypeVar("Model")
 class Prepared(Generic[Model]):
     trainer: Trainer
     model: Model
-    rows: int  # what an epoch goes through, counted as `batch_size` counts
+    rows: dict[str, int]  # of each source, what an epoch goes through
 
 
 def module_of(engine: Engine, kind: Literal["embedder", "reranker"]) -> str:
     """The module of one engine for one model kind; imported only by the training that uses it."""
     return f"{__name__}.{engine.replace('-', '_')}_{kind}"
-
-
-def loss_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a loss, from a YAML's: lists become tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

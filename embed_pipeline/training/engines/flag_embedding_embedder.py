@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from FlagEmbedding.finetune.embedder.encoder_only.base import (
@@ -14,25 +14,28 @@ from FlagEmbedding.finetune.embedder.encoder_only.base import (
 )
 from sentence_transformers import SentenceTransformer
 
+from embed_pipeline.library_arguments import arguments_for
 from embed_pipeline.models.embedder import encoding_of, load_sentence_transformer
+from embed_pipeline.settings import TrainingSettings
 from embed_pipeline.training.arguments import check_steps, trainer_arguments
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.job import EmbedderJob
 from embed_pipeline.training.modules import set_up_for_training
 from embed_pipeline.training.process import Rank
 from embed_pipeline.training.rows import TrainingQuery
+from embed_pipeline.training.sources import TrainingSource, with_teacher_scores
 
 POOLING = {"cls": "cls", "mean": "mean", "lasttoken": "last_token"}  # ours -> FlagEmbedding's
 
 
-def prepare(job: EmbedderJob, rank: Rank, queries: list[TrainingQuery], work: Path) -> Prepared[SentenceTransformer]:
+def prepare(job: EmbedderJob, rank: Rank, sources: list[TrainingSource], work: Path) -> Prepared[SentenceTransformer]:
     """A row is a query with all its positives and negatives, of which the library draws a group each time.
 
     The runner trains the transformer inside a sentence-transformers model, which saves what FlagEmbedding does not:
     pooling, normalisation, prompts and lengths.
     """
     settings = job.settings
-    check_steps(job, rank, len(queries), "queries")
+    check_steps(job, rank, sum(source.size for source in sources), "queries")
     model = load_sentence_transformer(
         job.base_model, settings.encoding, device=rank.device, trust_remote_code=job.trust_remote_code
     )
@@ -41,16 +44,22 @@ def prepare(job: EmbedderJob, rank: Rank, queries: list[TrainingQuery], work: Pa
     assert encoding.pooling is not None
     runner = EncoderOnlyEmbedderRunner(
         model_args=EncoderOnlyEmbedderModelArguments(
-            model_name_or_path=str(job.base_model), trust_remote_code=job.trust_remote_code
+            model_name_or_path=str(job.base_model),
+            trust_remote_code=job.trust_remote_code,
+            **arguments_for(settings, "model"),
         ),
         data_args=EncoderOnlyEmbedderDataArguments(
-            train_data=[str(write_rows(((row, row.negatives) for row in queries), work, rank))],
+            train_data=[
+                str(write_rows(source, lambda query: query.negatives, settings, work, rank)) for source in sources
+            ],
             cache_path=str(work / f"cache-{rank.rank}"),
             train_group_size=settings.train_group_size,
             query_max_len=encoding.query_max_length,
             passage_max_len=encoding.passage_max_length,
             query_instruction_for_retrieval=encoding.query_prompt or None,
             passage_instruction_for_retrieval=encoding.passage_prompt or None,
+            knowledge_distillation=settings.knowledge_distillation,
+            **arguments_for(settings, "data"),
         ),
         training_args=EncoderOnlyEmbedderTrainingArguments(
             **trainer_arguments(job, rank, work),
@@ -63,18 +72,31 @@ def prepare(job: EmbedderJob, rank: Rank, queries: list[TrainingQuery], work: Pa
             sub_batch_size=settings.sub_batch_size,
         ),
     )
-    runner.model.model = model[0].model  # the same parameters in both
-    return Prepared(runner.trainer, model, len(queries))
+    runner.model.model = model[0].model  # the same parameters in both, adapters included
+    return Prepared(runner.trainer, model, {source.name: source.size for source in sources})
 
 
-def write_rows(rows: Iterable[tuple[TrainingQuery, Sequence[str]]], work: Path, rank: Rank) -> Path:
-    """FlagEmbedding's training file, from queries and the negatives that each group's are drawn from.
+def write_rows(
+    source: TrainingSource,
+    negatives: Callable[[TrainingQuery], Sequence[str]],
+    settings: TrainingSettings,
+    work: Path,
+    rank: Rank,
+) -> Path:
+    """FlagEmbedding's training file of one source; `negatives` are those that a query's groups are drawn from.
 
     Each rank has its own, so that none has to wait for another.
     """
-    path = work / f"train-{rank.rank}.jsonl"
+    path = work / f"train-{source.name}-{rank.rank}.jsonl"
+    taught = settings.knowledge_distillation
     with path.open("w") as file:
-        for row, negatives in rows:
-            fields = {"query": row.query, "pos": row.positives, "neg": negatives}
+        for row in with_teacher_scores(source) if taught else source.queries:
+            fields: dict[str, Sequence[str] | Sequence[float] | str] = {
+                "query": row.query,
+                "pos": row.positives,
+                "neg": negatives(row),
+            }
+            if taught:
+                fields |= {"pos_scores": row.positive_scores, "neg_scores": row.negative_scores}
             file.write(json.dumps(fields, ensure_ascii=False) + "\n")
     return path

@@ -5,67 +5,93 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.base.sampler import BatchSamplers
-from sentence_transformers.sentence_transformer import losses
 from torch import nn
 
-from embed_pipeline.models.embedder import encoding_of, load_sentence_transformer
-from embed_pipeline.settings import EmbedderSettings
-from embed_pipeline.training.arguments import check_steps, trainer_arguments
-from embed_pipeline.training.engines import Prepared, loss_arguments
+from embed_pipeline.models.embedder import Embedder, encoding_of, load_sentence_transformer
+from embed_pipeline.settings import EncodingSettings
+from embed_pipeline.training.data_sets import PASSAGES, QUERY, RowSettings, data_set, texts_to_embed
+from embed_pipeline.training.engines import Prepared
+from embed_pipeline.training.engines.sentence_transformers_trainer import SeveralSources, prepare_trainer
 from embed_pipeline.training.job import EmbedderJob
+from embed_pipeline.training.losses import embedder_loss
 from embed_pipeline.training.modules import set_up_for_training
-from embed_pipeline.training.process import Rank
-from embed_pipeline.training.rows import TrainingQuery, groups
+from embed_pipeline.training.process import Rank, wait
+from embed_pipeline.training.sources import TrainingSource
 
 
-class PlainTrainer(SentenceTransformerTrainer):
-    """Without the library's model card, which asks the Hub about the base model; `output` writes ours."""
-
-    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        pass
+class EmbedderTrainer(SeveralSources, SentenceTransformerTrainer):
+    """The library's own, over all sources."""
 
 
-def prepare(job: EmbedderJob, rank: Rank, queries: list[TrainingQuery], work: Path) -> Prepared[SentenceTransformer]:
-    """Rows are (query, positive, negative_1, ...); the collator truncates and prompts them as encoding does."""
+def prepare(job: EmbedderJob, rank: Rank, sources: list[TrainingSource], work: Path) -> Prepared[SentenceTransformer]:
+    """Rows are what each source's loss takes; the collator truncates and prompts them as encoding does."""
     settings = job.settings
     model = load_sentence_transformer(
         job.base_model, settings.encoding, device=rank.device, trust_remote_code=job.trust_remote_code
     )
     set_up_for_training(model, settings, rank.device)
-    rows = list(groups(queries, settings.train_group_size))
-    check_steps(job, rank, len(rows), "(query, positive) pairs")
-    columns = {"query": [row[0] for row in rows], "positive": [row[1] for row in rows]}
-    for i in range(settings.train_group_size - 1):
-        columns[f"negative_{i + 1}"] = [row[2][i] for row in rows]
-    encoding = encoding_of(model)
-    prompts = {name: encoding.query_prompt if name == "query" else encoding.passage_prompt for name in columns}
-    arguments = SentenceTransformerTrainingArguments(
-        **trainer_arguments(job, rank, work),
-        batch_sampler=BatchSamplers.NO_DUPLICATES,
-        prompts={name: prompt for name, prompt in prompts.items() if prompt},
-        # The task of a column decides its maximum length (Transformer.query_length, document_length).
-        router_mapping={name: "query" if name == "query" else "document" for name in columns},
+    rows = RowSettings(settings.train_group_size)
+
+    def make(source: TrainingSource) -> tuple[Dataset, nn.Module]:
+        taught = _taught(job, rank, source, rows, work)
+        loss = embedder_loss(
+            model, source, settings, guide=job.guides.get(source.name), trust_remote_code=job.trust_remote_code
+        )
+        return data_set(source, rows, taught), loss
+
+    prompts, tasks = _prompts_and_tasks(encoding_of(model), sources, settings.train_group_size)
+    return prepare_trainer(
+        EmbedderTrainer,
+        SentenceTransformerTrainingArguments,
+        job,
+        rank,
+        model,
+        sources,
+        make,
+        work,
+        prompts=prompts,
+        router_mapping=tasks,
     )
-    trainer = PlainTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_dict(columns), loss=_loss(model, settings)
-    )
-    return Prepared(trainer, model, len(rows))
 
 
-def _loss(model: SentenceTransformer, settings: EmbedderSettings) -> nn.Module:
-    """InfoNCE over hard and in-batch negatives (arXiv 1807.03748), with GradCache (arXiv 2101.06983) if asked for."""
-    name: str = settings.loss
-    if settings.sub_batch_size is not None and not name.startswith("Cached"):
-        name = f"Cached{name}"
-    loss = getattr(losses, name)
-    ours = {"scale": 1.0 / settings.temperature, "gather_across_devices": settings.negatives_cross_device}
-    if settings.sub_batch_size is not None:
-        ours["mini_batch_size"] = settings.sub_batch_size
-    return loss(model, **{**loss_arguments(settings.loss_arguments), **ours})
+def _prompts_and_tasks(
+    encoding: EncodingSettings, sources: list[TrainingSource], group_size: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of queries and passages, by column, and by source where there are several; sentences have neither.
+
+    The task of a column decides its maximum length (Transformer.query_length, document_length).
+    """
+    passages = [*PASSAGES, *(f"negative_{i + 1}" for i in range(group_size - 1))]
+    prompts = {QUERY: encoding.query_prompt, **dict.fromkeys(passages, encoding.passage_prompt)}
+    prompts = {column: prompt for column, prompt in prompts.items() if prompt}
+    tasks = {QUERY: "query", **dict.fromkeys(passages, "document")}
+    retrieval = [source.name for source in sources if source.queries]
+    if len(sources) == 1:
+        return (prompts, tasks) if retrieval else ({}, {})
+    return (dict.fromkeys(retrieval, prompts) if prompts else {}), dict.fromkeys(retrieval, tasks)
+
+
+def _taught(job: EmbedderJob, rank: Rank, source: TrainingSource, rows: RowSettings, work: Path) -> np.ndarray | None:
+    """A teacher's embeddings of the source's texts: computed once, by rank 0, and read by every rank.
+
+    (rows, dimension) of a text for its translation (arXiv 2004.09813), else (rows, 2, dimension) of query and passage.
+    """
+    if "teacher" not in source.facts.needs:
+        return None
+    path = work / f"taught-{source.name}.npy"
+    if rank.is_main:
+        teacher = Embedder(job.teachers[source.name], device=rank.device, trust_remote_code=job.trust_remote_code)
+        first, second = zip(*texts_to_embed(source, rows), strict=True)
+        if source.kind == "parallel":
+            np.save(path, teacher.encode_sentences(first))
+        else:
+            np.save(path, np.stack([teacher.encode_queries(first), teacher.encode_passages(second)], axis=1))
+    wait()
+    return np.asarray(np.load(path))
