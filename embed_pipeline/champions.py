@@ -4,8 +4,8 @@
     <store>/<pipeline>/promotions/0003/            one entry of the history
         promotion.json                             who took over, from whom, when, why, by whose hand
         embedder -> ../../embedder/<version>/model
-        reranker -> ../../reranker/<version>/model
-        serving.json                               the embedder's share in the final score
+        reranker -> ../../reranker/<version>/model, where the pipeline has one
+        serving.json                               with it: the embedder's share in the final score
 
 An entry is written beside the history first and comes into force when the link is moved, in one rename. An entry that
 the link never reached is a promotion that was cut short: it does not count, and the next one takes its number.
@@ -49,32 +49,45 @@ class RegisteredModel(BaseModel):
 
 
 class Champion(BaseModel):
-    """An embedder and a reranker that serve together, as versions of the store and of MLflow's registry."""
+    """An embedder, and a reranker that serves with it or none, as versions of the store and of MLflow's registry."""
 
     model_config = ConfigDict(frozen=True)
 
     embedder_asset: str  # `embedder`, or `merged_embedder` where it was merged with its base
     embedder: str  # versions in the store
-    reranker: str
-    cleaned_pairs: str  # what both were trained on
+    reranker: str | None = None
+    cleaned_pairs: str  # what they were trained on
     evaluation: str  # what promoted them
     verdict: str  # the gate's sentence
     registered_embedder: RegisteredModel
-    registered_reranker: RegisteredModel
+    registered_reranker: RegisteredModel | None = None
 
     @property
     def key(self) -> str:
-        """The pair's identity, whatever promoted it; see `pair_key`."""
-        return f"{self.embedder}+{self.reranker}"
+        """The identity of what serves, whatever promoted it; see `pair_key`."""
+        return _key(self.embedder, self.reranker)
 
     @property
-    def registered(self) -> tuple[RegisteredModel, RegisteredModel]:
-        return self.registered_embedder, self.registered_reranker
+    def title(self) -> str:
+        """For sentences: embedder 0123, reranker 4567"""
+        return f"embedder {self.embedder}" + (f", reranker {self.reranker}" if self.reranker else "")
+
+    @property
+    def registered(self) -> tuple[RegisteredModel, ...]:
+        """The embedder's, then the reranker's where there is one."""
+        both = (self.registered_embedder, self.registered_reranker)
+        return tuple(model for model in both if model is not None)
+
+    @property
+    def models(self) -> tuple[tuple[str, str], ...]:
+        """(asset, version) in the store, the embedder first."""
+        embedder = (self.embedder_asset, self.embedder)
+        return (embedder,) if self.reranker is None else (embedder, ("reranker", self.reranker))
 
     @property
     def versions(self) -> tuple[tuple[str, str], ...]:
-        """(asset, version) in the store: both models, and the evaluation that promoted them."""
-        return (self.embedder_asset, self.embedder), ("reranker", self.reranker), ("evaluation", self.evaluation)
+        """(asset, version) in the store: the models, and the evaluation that promoted them."""
+        return (*self.models, ("evaluation", self.evaluation))
 
 
 class Promotion(BaseModel):
@@ -131,13 +144,17 @@ class History(BaseModel):
         return None
 
 
-def pair_key(embedder: Artifact, reranker: Artifact) -> str:
-    """What `Champion.key` would be for these two."""
-    return f"{embedder.version}+{reranker.version}"
+def pair_key(embedder: Artifact, reranker: Artifact | None) -> str:
+    """What `Champion.key` would be for these two, or for the embedder alone."""
+    return _key(embedder.version, reranker.version if reranker else None)
+
+
+def _key(embedder: str, reranker: str | None) -> str:
+    return embedder if reranker is None else f"{embedder}+{reranker}"
 
 
 def pointer(store: PipelineStore) -> Path:
-    """Where the champion's models are found: `embedder/` and `reranker/` below it."""
+    """Where the champion's models are found: `embedder/` and, where there is one, `reranker/` below it."""
     return store.folder / POINTER
 
 
@@ -207,10 +224,10 @@ def record(
         shutil.rmtree(folder)
     folder.mkdir()
     if champion is not None:
-        embedder, reranker = models_of(store, champion)
-        for name, model in (("embedder", embedder), ("reranker", reranker)):
+        for name, model in zip(("embedder", "reranker"), models_of(store, champion), strict=False):
             (folder / name).symlink_to(Path(os.path.relpath(model.path / MODEL_FOLDER, folder)))
-        shutil.copy2(reranker.path / SERVING_FILE, folder / SERVING_FILE)
+            if name == "reranker":
+                shutil.copy2(model.path / SERVING_FILE, folder / SERVING_FILE)
     (folder / PROMOTION_FILE).write_text(promotion.model_dump_json(indent=2) + "\n", encoding="utf-8")
     link = store.folder / f".{POINTER}.{promotion.number}"
     link.unlink(missing_ok=True)
@@ -219,9 +236,9 @@ def record(
     return promotion
 
 
-def models_of(store: PipelineStore, champion: Champion) -> tuple[Artifact, Artifact]:
-    """The champion's embedder and reranker in the store; raises ArtifactError when one is gone."""
-    return store.get(champion.embedder_asset, champion.embedder), store.get("reranker", champion.reranker)
+def models_of(store: PipelineStore, champion: Champion) -> tuple[Artifact, ...]:
+    """The champion's embedder in the store, then its reranker if it has one; raises ArtifactError when one is gone."""
+    return tuple(store.get(asset, version) for asset, version in champion.models)
 
 
 def _entry(store: PipelineStore, number: int) -> Path:

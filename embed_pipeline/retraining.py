@@ -77,7 +77,7 @@ def _not_made_of_each_other(pipeline: Pipeline) -> str | None:
     """The first stage that was not made from what is current before it."""
     store, final = pipeline.store, pipeline.settings.final_embedder
     merged = ("merged_embedder",) if final == "merged_embedder" else ()
-    mined = ("hard_negatives",) if pipeline.settings.source.is_retrieval else ()
+    mined = ("hard_negatives",) if pipeline.settings.mines else ()
     reranked = ("reranker",) if pipeline.settings.reranker is not None else ()
     for asset in ("cleaned_pairs", *mined, "embedder", *merged, *reranked, "evaluation"):
         if not store.has_current(asset):

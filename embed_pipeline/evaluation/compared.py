@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from embed_pipeline.errors import ModelError
+from embed_pipeline.evaluation.beside import Beside
 from embed_pipeline.evaluation.bm25 import bm25_search
 from embed_pipeline.evaluation.comparison import (
     BASE_EMBEDDER,
@@ -24,7 +24,6 @@ from embed_pipeline.evaluation.comparison import (
     RERANKER,
     RERANKER_ALONE,
 )
-from embed_pipeline.evaluation.guard_sets import GuardResult, GuardScore, GuardSet, Part, judge_guard
 from embed_pipeline.evaluation.systems import (
     DEPTH,
     Embedded,
@@ -69,7 +68,7 @@ class ChampionModels:
 
     title: str  # for messages
     embedder: Path  # model folder
-    reranker: Path  # folder of a version
+    reranker: Path | None  # folder of a version
     seen: frozenset[str]  # test queries that it was trained on, or whose answers it was
 
 
@@ -99,8 +98,7 @@ class Rankings:
     precision: Precision
     cache_folder: Path | None
     progress: bool
-    guards: Sequence[GuardSet]
-    guard_part: Part
+    beside: Beside
 
     def __post_init__(self) -> None:
         self.depth = max(DEPTH, self.settings.rerank_top_k)
@@ -110,7 +108,6 @@ class Rankings:
         self.scores: dict[str, ScoreSummary] = {}
         self.embedder_weight: float | None = None
         self.dev_by_weight: dict[str, float] = {}
-        self.guard_scores: dict[str, dict[str, GuardScore]] = {}  # system -> guard -> score
 
     def by_champion(self) -> None:
         champion = self.models.champion
@@ -118,6 +115,8 @@ class Rankings:
             return
         try:
             embedded = self._embed(CHAMPION_EMBEDDER, champion.embedder, None)
+            if champion.reranker is None:
+                return
             weight, _ = read_serving(champion.reranker)
             candidates = self.rankings[CHAMPION_EMBEDDER].of_rows(self.sampled)
             logits = self._rerank(CHAMPION_PAIR, candidates, champion.reranker / MODEL_FOLDER, None)
@@ -129,19 +128,6 @@ class Rankings:
             ) from error
         self.rankings[CHAMPION_PAIR] = reordered(candidates, logits, weight)
         self.milliseconds[CHAMPION_PAIR] += embedded.milliseconds_per_query
-
-    def guard_results(self) -> list[GuardResult]:
-        return [
-            judge_guard(
-                guard.settings,
-                self.guard_scores[BASE_EMBEDDER][guard.settings.name],
-                self.guard_scores[EMBEDDER][guard.settings.name],
-                self.guard_scores.get(CHAMPION_EMBEDDER, {}).get(guard.settings.name),
-                evaluation=self.settings,
-                seed=self.seed,
-            )
-            for guard in self.guards
-        ]
 
     def by_bm25(self) -> None:
         queries = self.collection.queries
@@ -173,9 +159,7 @@ class Rankings:
         embedded = rank_with_embedder(self.collection, embedder, self.depth, progress=self.progress)
         self.rankings[system] = embedded.ranking
         self.milliseconds[system] = embedded.milliseconds_per_query
-        self.guard_scores[system] = {
-            guard.settings.name: guard.measure(embedder, self.guard_part) for guard in self.guards
-        }
+        self.beside.measure(system, embedder)
         return embedded
 
     def by_rerankers(self) -> None:

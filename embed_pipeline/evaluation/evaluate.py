@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from embed_pipeline.errors import ArtifactError
+from embed_pipeline.evaluation.beside import Beside
 from embed_pipeline.evaluation.bm25 import K1, B
 from embed_pipeline.evaluation.compared import ComparedModels, Rankings, check_folders
 from embed_pipeline.evaluation.comparison import (
@@ -28,13 +29,21 @@ from embed_pipeline.evaluation.comparison import (
     Values,
     compare,
 )
+from embed_pipeline.evaluation.evaluators import EmbedderEvaluators
 from embed_pipeline.evaluation.gate import GateReport, judge
 from embed_pipeline.evaluation.guard_sets import GuardSet, Part
 from embed_pipeline.evaluation.history import THIS, HistoryPoint, point_of
 from embed_pipeline.evaluation.metrics import Qrels, per_query
 from embed_pipeline.evaluation.parity import write_parity
 from embed_pipeline.evaluation.report import write_report
-from embed_pipeline.evaluation.results import DETAILS_FILE, SUMMARY_FILE, Details, EvaluationReport, QueryChange
+from embed_pipeline.evaluation.results import (
+    DETAILS_FILE,
+    EVALUATORS_FILE,
+    SUMMARY_FILE,
+    Details,
+    EvaluationReport,
+    QueryChange,
+)
 from embed_pipeline.evaluation.systems import (
     DEPTH,
     Ranking,
@@ -60,6 +69,7 @@ def evaluate(
     gate: GateSettings | None = None,
     guards: Sequence[GuardSet] = (),
     guard_part: Part = "all",
+    evaluators: EmbedderEvaluators | None = None,
     history: Sequence[HistoryPoint] = (),
     encode_precision: Precision = "auto",
     cache_folder: Path | None = None,
@@ -70,12 +80,12 @@ def evaluate(
     """Compare BM25, base and fine-tuned models and the champion on the test split of a `cleaned_pairs` folder.
 
     The verdict of the `gate` on the fine-tuned models is part of the result; embedders are measured on `guard_part` of
-    the guard sets too. `history` are the evaluations before this one.
+    the guard sets too, and by the library's `evaluators`. `history` are the evaluations before this one.
 
     Writes into `out`: `summary.json`, a list of {system, metric, value, gain, interval_low, interval_high,
     num_queries} with gains over the base embedder on the same queries; `details.json`; `per_query.parquet`;
     `rankings.parquet` (the first 100 of each query); `parity.json` (what the models give for a few texts, to compare a
-    registered copy with); `report.html`. `versions` (what was compared, made by what) is
+    registered copy with); `evaluators.json`; `report.html`. `versions` (what was compared, made by what) is
     shown in the report. Test queries without a relevant passage are left out and counted.
 
     Raises ArtifactError when the split has no query to measure on, ModelError when a model is missing or gives NaN.
@@ -89,7 +99,8 @@ def evaluate(
         )
     check_folders(models)
     gate = gate or GateSettings()
-    ranked = Rankings(collection, models, settings, seed, encode_precision, cache_folder, progress, guards, guard_part)
+    beside = Beside(settings, seed, guards, guard_part, evaluators)
+    ranked = Rankings(collection, models, settings, seed, encode_precision, cache_folder, progress, beside)
     ranked.by_champion()  # first: where it no longer loads, there is nothing to compare with
     ranked.by_bm25()
     ranked.by_embedders()
@@ -108,23 +119,23 @@ def evaluate(
         settings,
         seed,
         seen_by_champion=models.champion.seen if models.champion else (),
-        guards=ranked.guard_results(),
+        guards=beside.guard_results(),
     )
     made_from = dict(versions or {})
     now = datetime.now(UTC).isoformat(timespec="seconds")
     this = point_of(THIS, now, made_from.get("cleaned_pairs", ""), summary, gate.metric, verdict.outcome)
     details = _details(ranked, rankings, values, summary, verdict, [*history, this], title, made_from)
-    _write_json(out / SUMMARY_FILE, [row.model_dump(mode="json") for row in summary])
-    _write_json(out / DETAILS_FILE, details.model_dump(mode="json"))
-    if models.reranker is not None:
-        write_parity(
-            collection,
-            models.embedder,
-            models.reranker / MODEL_FOLDER,
-            out,
-            trust_embedder_code=models.trust_embedder_code,
-            trust_reranker_code=models.trust_reranker_code,
-        )
+    write_json(out / SUMMARY_FILE, [row.model_dump(mode="json") for row in summary])
+    write_json(out / DETAILS_FILE, details.model_dump(mode="json"))
+    write_json(out / EVALUATORS_FILE, [row.model_dump(mode="json") for row in details.sources])
+    write_parity(
+        collection,
+        models.embedder,
+        models.reranker / MODEL_FOLDER if models.reranker else None,
+        out,
+        trust_embedder_code=models.trust_embedder_code,
+        trust_reranker_code=models.trust_reranker_code,
+    )
     write_report(out)
     logger.info("%s", details.headline)
     logger.info("%s", verdict.sentence)
@@ -150,6 +161,7 @@ def _details(
     changes = _changes(collection, rankings, values)
     claim, figures = headline(summary, settings.confidence)
     return Details(
+        kind="retrieval",
         title=title,
         gate=gate,
         claim=claim,
@@ -179,6 +191,9 @@ def _details(
         scores=ranked.scores,
         better=sorted((c for c in changes if c.change > 0), key=lambda c: -c.change)[: settings.examples],
         worse=sorted((c for c in changes if c.change < 0), key=lambda c: c.change)[: settings.examples],
+        pairs_better=[],
+        pairs_worse=[],
+        sources=ranked.beside.source_figures(),
         queries_better=sum(change.change > 0 for change in changes),
         queries_worse=sum(change.change < 0 for change in changes),
         seed=ranked.seed,
@@ -209,10 +224,10 @@ def _over_champion(values: Values, ranked: Rankings) -> list[Comparison]:
     champion = ranked.models.champion
     if champion is None:
         return []
-    pairs = {EMBEDDER: CHAMPION_EMBEDDER, RERANKER: CHAMPION_PAIR}
+    pair = CHAMPION_PAIR if CHAMPION_PAIR in values else CHAMPION_EMBEDDER
     return [
         row
-        for system, against in pairs.items()
+        for system, against in {EMBEDDER: CHAMPION_EMBEDDER, RERANKER: pair}.items()
         if system in values
         for row in compare(values, [system], against, ranked.settings, ranked.seed, without=champion.seen)
     ]
@@ -327,5 +342,6 @@ def _first(found: np.ndarray, relevant: np.ndarray) -> int | None:
     return int(at[0]) + 1 if len(at) else None
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
+    """As every table of an evaluation for people is written."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -56,6 +56,7 @@ from sentence_transformers.util import cos_sim, pairwise_cos_sim
 
 from embed_pipeline.errors import ArtifactError
 from embed_pipeline.evaluation.bm25 import bm25_search
+from embed_pipeline.evaluation.correlation import Method
 from embed_pipeline.losses import RETRIEVAL_KINDS, SourceKind
 from embed_pipeline.models.collection import load_collection
 from embed_pipeline.models.embedder import Embedder
@@ -94,6 +95,7 @@ class Figure:
     value: float
     items: np.ndarray | None = None  # (n,) float64: their mean is the value; with `expected`, what is correlated
     expected: np.ndarray | None = None  # (n,) float64
+    method: Method = "spearman"  # the correlation, with `expected`
 
 
 Figures = dict[str, Figure]
@@ -122,12 +124,11 @@ class Part:
         except _NotFiniteError:
             return {f"{self.source}/{self.main}": Figure(float("nan"))}
         return {
-            f"{self.source}/{self.named(name)}": Figure(float(value), items.get(name), self.expected_of(name))
+            f"{self.source}/{self.named(name)}": Figure(
+                float(value), items.get(name), self.expected, "pearson" if name.startswith("pearson") else "spearman"
+            )
             for name, value in found.items()
         }
-
-    def expected_of(self, name: str) -> np.ndarray | None:
-        return self.expected if name.startswith(("pearson", "spearman")) else None
 
     def named(self, name: str) -> str:
         plain = name.removeprefix("cosine_").removesuffix("_cosine").replace("base_", "bm25_").replace("@", "_at_")
@@ -225,6 +226,12 @@ def retrieval_part(
         main_score_function="cosine",
     )
     return Part(source, evaluator, "ndcg_at_10", items=lambda _: evaluator.by_query)
+
+
+def mean_part(source: str, parts: Sequence[Part]) -> Part:
+    """The mean over parts of the same figures, such as those of several sets; no text is encoded twice for it."""
+    evaluator = _Mean(parts)
+    return Part(source, evaluator, parts[0].main, items=lambda _: evaluator.items)
 
 
 # ----------------------------------------------------------------------------------------------- embedders
@@ -372,11 +379,14 @@ def _parallel_parts(source: MeasuredSource, rows: Sequence[_Row]) -> Iterator[Pa
     if source.teacher is not None:
         with _quiet():
             teacher = cast("Any", _Encoded(source.teacher))
-            evaluator = MSEEvaluator(first, second, teacher_model=teacher)
+            evaluator = _Mse(first, second, teacher_model=teacher)
         wanted = np.asarray(evaluator.source_embeddings)
 
         def errors(model: Any) -> Mapping[str, np.ndarray]:
-            return {"negative_mse": -100.0 * ((wanted - model.encode(second)) ** 2).mean(axis=1).astype(np.float64)}
+            found = model.encode(second)
+            if found.shape != wanted.shape:
+                return {}
+            return {"negative_mse": -100.0 * ((wanted - found) ** 2).mean(axis=1).astype(np.float64)}
 
         yield Part(source.name, evaluator, "negative_mse", items=errors)
 
@@ -415,6 +425,48 @@ class _Reranking(RerankingEvaluator):
         names = {"map": "map", "mrr": f"mrr@{self.at_k}", "ndcg": f"ndcg@{self.at_k}"}
         self.by_query = {name: np.array([float(row[short]) for row in rows]) for short, name in names.items()}
         return {short: float(self.by_query[name].mean()) for short, name in names.items()}
+
+
+class _Mean(BaseEvaluator):
+    """Every figure as the mean over several sets."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        super().__init__()
+        self.parts = parts
+        self.items: dict[str, np.ndarray] = {}
+        self.primary_metric = parts[0].main
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        found = [
+            {name.rpartition("/")[2]: figure for name, figure in part.measure(model).items()} for part in self.parts
+        ]
+        names = [name for name in found[0] if all(name in of_part for of_part in found)]
+        self.items = {}
+        for name in names:
+            of_sets = [of_part[name].items for of_part in found]
+            known = [items for items in of_sets if items is not None]
+            if len(known) == len(of_sets):
+                self.items[name] = _of_mean(known)
+        return {name: float(np.mean([of_part[name].value for of_part in found])) for name in names}
+
+
+def _of_mean(of_sets: Sequence[np.ndarray]) -> np.ndarray:
+    """Each set's (n,) items -> (all,) items whose plain mean is the mean of the sets' means."""
+    count = sum(len(items) for items in of_sets)
+    return np.concatenate([items * (count / (len(of_sets) * len(items))) for items in of_sets])
+
+
+class _Mse(MSEEvaluator):
+    """NaN where the embeddings have another dimension than the teacher's, so that nothing can be told."""
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        if model.encode(self.target_sentences[:1]).shape[1] != self.source_embeddings.shape[1]:
+            return {"negative_mse": float("nan")}
+        return super().__call__(model)
 
 
 class _LabelAccuracy(BaseEvaluator):

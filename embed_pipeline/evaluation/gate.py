@@ -1,10 +1,11 @@
 """The gate: may the candidate take the champion's place? A verdict with its figures, from per-query values alone.
 
-The candidate is the pair that would serve together, the fine-tuned reranker over the fine-tuned embedder. What it has
-to beat is the base models and, where there is one, the champion, all measured on the same questions. It passes if
+The candidate is what would serve: the fine-tuned reranker over the fine-tuned embedder, or the embedder alone where the
+pipeline has no reranker. What it has to beat is the base models and, where there is one, the champion, all measured on
+the same questions, or on the same pairs of sentences. It passes if
 
-- the pair is better in the primary metric than each of them: by the minimum gain, with a bootstrap interval above 0
-  and a permutation test that agrees;
+- what would serve is better in the primary metric than each of them: by the minimum gain, with a bootstrap interval
+  above 0 and a permutation test that agrees;
 - neither the embedder nor the reranker, each for itself, loses more than is allowed;
 - no guard metric and no guard set loses more than is allowed;
 - there are enough questions to tell.
@@ -31,6 +32,7 @@ from embed_pipeline.evaluation.comparison import (
     compare,
 )
 from embed_pipeline.evaluation.guard_sets import GuardResult
+from embed_pipeline.evaluation.similarities import Similarities, compare_similarities
 from embed_pipeline.evaluation.verdict import METRIC_NAMES, SYSTEM_NAMES, signed
 from embed_pipeline.settings import EvaluationSettings, GateSettings
 
@@ -97,7 +99,7 @@ class _Reference:
 
 
 def judge(
-    values: Values,
+    values: Values | Similarities,
     settings: GateSettings,
     evaluation: EvaluationSettings,
     seed: int,
@@ -105,22 +107,30 @@ def judge(
     seen_by_champion: Collection[str] = (),
     guards: Sequence[GuardResult] = (),
 ) -> GateReport:
-    """The verdict on the systems EMBEDDER and RERANKER of `values`.
+    """The verdict on the systems EMBEDDER and, where it is there, RERANKER of `values`.
 
-    Queries in `seen_by_champion` (it was trained on them) are left out where the champion is compared. A figure that
-    is not a number is a refusal, whatever the others say.
+    A candidate without a reranker is compared with the pair that serves, if a pair does. Queries in `seen_by_champion`
+    (it was trained on them) are left out where the champion is compared. A figure that is not a number is a refusal,
+    whatever the others say.
     """
-    if broken := _not_a_number(values):
+    if not isinstance(values, Similarities) and (broken := _not_a_number(values)):
         return _refused([broken], [], guards, settings)
     judgements = list(_judgements(values, settings, evaluation, seed, seen_by_champion))
     fewest = min(judged.found.num_queries for judged in judgements)
-    if CHAMPION_EMBEDDER in values and all(judged.against != CHAMPION_EMBEDDER for judged in judgements):
+    of_champion = (CHAMPION_EMBEDDER, CHAMPION_PAIR)
+    if CHAMPION_EMBEDDER in values and all(judged.against not in of_champion for judged in judgements):
         fewest = 0  # the champion was trained on every question
     unmet = [judged.sentence for judged in judgements if not judged.met]
+    if any(found.against == CHAMPION_PAIR and found.found.system == EMBEDDER and not found.met for found in judgements):
+        unmet.append(
+            "what serves has a reranker and the candidate has none. Where that is meant, take the champion out of "
+            "service with `embed-pipeline retire`, and evaluate again"
+        )
     unmet += [guard.sentence for guard in guards if not guard.passed]
     main = judgements[0].figures
     if fewest < settings.min_queries:
-        needed = f"{fewest} test questions are too few to tell: gate.min_queries asks for {settings.min_queries}"
+        items = "pairs" if isinstance(values, Similarities) else "questions"
+        needed = f"{fewest} test {items} are too few to tell: gate.min_queries asks for {settings.min_queries}"
         return GateReport(
             outcome="too_few",
             sentence=f"{main}; not promoted: {needed}",
@@ -156,7 +166,11 @@ def _refused(
 
 
 def _judgements(
-    values: Values, settings: GateSettings, evaluation: EvaluationSettings, seed: int, seen: Collection[str]
+    values: Values | Similarities,
+    settings: GateSettings,
+    evaluation: EvaluationSettings,
+    seed: int,
+    seen: Collection[str],
 ) -> Iterator[Judgement]:
     """The demand that matters most first: the pair against what serves today."""
     serving = RERANKER if RERANKER in values else EMBEDDER
@@ -179,7 +193,7 @@ def _judgements(
         yield _judged(own[settings.metric], EMBEDDER, "not worse", own_loss, evaluation)
 
 
-def _references(values: Values, seen: Collection[str]) -> Iterator[_Reference]:
+def _references(values: Values | Similarities, seen: Collection[str]) -> Iterator[_Reference]:
     if CHAMPION_EMBEDDER in values:
         yield _Reference(
             CHAMPION_EMBEDDER, CHAMPION_PAIR if CHAMPION_PAIR in values else CHAMPION_EMBEDDER, frozenset(seen)
@@ -188,9 +202,18 @@ def _references(values: Values, seen: Collection[str]) -> Iterator[_Reference]:
 
 
 def _compared(
-    values: Values, system: str, against: str, evaluation: EvaluationSettings, seed: int, without: Collection[str]
+    values: Values | Similarities,
+    system: str,
+    against: str,
+    evaluation: EvaluationSettings,
+    seed: int,
+    without: Collection[str],
 ) -> dict[str, Comparison]:
-    return {row.metric: row for row in compare(values, [system], against, evaluation, seed, without=without)}
+    if isinstance(values, Similarities):
+        rows = compare_similarities(values, [system], against, evaluation, seed, without=without)
+    else:
+        rows = compare(values, [system], against, evaluation, seed, without=without)
+    return {row.metric: row for row in rows}
 
 
 def _judged(

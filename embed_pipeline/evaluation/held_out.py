@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import duckdb
 
 from embed_pipeline.cleaning.normalise import create_macros
-from embed_pipeline.tables import PASSAGES_FILE, QRELS_FILE, QUERIES_FILE
+from embed_pipeline.tables import (
+    EXAMPLES_FILE,
+    HARD_NEGATIVES_FILE,
+    PASSAGES_FILE,
+    QRELS_FILE,
+    QUERIES_FILE,
+    extra_folder,
+    source_folder,
+)
 
 
 def held_out_queries_among(trained: Path, cleaned: Path) -> list[str]:
@@ -60,3 +69,98 @@ def seen_in_training(trained: Path, trained_cleaned: Path, cleaned: Path) -> lis
         },
     ).fetchall()
     return [row[0] for row in rows]
+
+
+def seen_by(trained_cleaned: Path, mined: Sequence[Path], cleaned: Path) -> set[str]:
+    """Test questions, or test pairs of a scored source, of `cleaned` that a model was trained on: their ids.
+
+    `trained_cleaned` is the cleaned_pairs folder that it was trained on, with the extra sources below it; `mined` are
+    the folders (of hard_negatives, of the reranker) that hold what of it was trained on, likewise. A question has been
+    seen as `seen_in_training` says, or as a sentence of an example; a pair where the same two texts were trained on
+    together, in either order and whatever they were to each other.
+    """
+    scored = (cleaned / EXAMPLES_FILE).is_file()
+    extra = sorted(path.name for path in extra_folder(trained_cleaned, "").glob("*") if path.is_dir())
+    seen: set[str] = set()
+    for name in (None, *extra):
+        rows = source_folder(trained_cleaned, name)
+        if (rows / EXAMPLES_FILE).is_file():
+            seen.update(_seen_pairs(_EXAMPLE_PAIRS, cleaned, examples=rows) if scored else _seen_texts(rows, cleaned))
+            continue
+        for folder in mined:
+            trained = source_folder(folder, name) / HARD_NEGATIVES_FILE
+            if trained.is_file():
+                of_model = _seen_pairs(_ANSWERED_PAIRS, cleaned, trained=trained, rows=rows) if scored else None
+                seen.update(seen_in_training(trained, rows, cleaned) if of_model is None else of_model)
+    return seen
+
+
+def held_out_pairs_among(cleaned: Path) -> list[str]:
+    """example_ids of the test pairs of a scored source that its own train split holds as well."""
+    return _seen_pairs(_EXAMPLE_PAIRS, cleaned, examples=cleaned)
+
+
+_EXAMPLE_PAIRS = (
+    "SELECT sentence1 AS first, sentence2 AS second FROM read_parquet($examples) "
+    "WHERE split = 'train' AND sentence2 IS NOT NULL"
+)
+_ANSWERED_PAIRS = """SELECT query AS first, text AS second
+    FROM (SELECT query_id, unnest(positive_ids) AS passage_id FROM read_parquet($trained))
+    JOIN read_parquet($queries) USING (query_id) JOIN read_parquet($passages) USING (passage_id)"""
+
+
+def _seen_pairs(
+    trained_pairs: str,
+    cleaned: Path,
+    *,
+    examples: Path | None = None,
+    trained: Path | None = None,
+    rows: Path | None = None,
+) -> list[str]:
+    """example_ids of `cleaned`'s test pairs that stand among `trained_pairs` (a query of first, second)."""
+    told = {"asked": str(cleaned / EXAMPLES_FILE)}
+    if examples is not None:
+        told["examples"] = str(examples / EXAMPLES_FILE)
+    if trained is not None and rows is not None:
+        told |= {
+            "trained": str(trained),
+            "queries": str(rows / QUERIES_FILE),
+            "passages": str(rows / PASSAGES_FILE),
+        }
+    connection = duckdb.connect()
+    create_macros(connection)
+    found = connection.execute(
+        f"""WITH keys AS (SELECT unnest(pair_keys(folded(first), folded(second))) AS key FROM ({trained_pairs})),
+        asked AS (
+            SELECT example_id, unnest(pair_keys(folded(sentence1), folded(sentence2))) AS key
+            FROM read_parquet($asked) WHERE split = 'test')
+        SELECT DISTINCT example_id FROM asked SEMI JOIN keys USING (key) ORDER BY example_id""",
+        told,
+    ).fetchall()
+    return [row[0] for row in found]
+
+
+def _seen_texts(examples: Path, cleaned: Path) -> list[str]:
+    """query_ids of `cleaned`'s test questions that are a sentence of `examples`' train split, or whose answer is."""
+    connection = duckdb.connect()
+    create_macros(connection)
+    found = connection.execute(
+        """WITH sentences AS (
+            SELECT DISTINCT unnest(text_keys(folded(sentence))) AS key FROM (
+                SELECT unnest([sentence1, sentence2]) AS sentence FROM read_parquet($examples) WHERE split = 'train')
+            WHERE sentence IS NOT NULL),
+        asked AS (SELECT query_id, query FROM read_parquet($queries) WHERE split = 'test'),
+        texts AS (
+            SELECT query_id, unnest(text_keys(folded(query))) AS key FROM asked
+            UNION ALL
+            SELECT query_id, unnest(text_keys(folded(text))) FROM asked JOIN read_parquet($qrels) USING (query_id)
+            JOIN read_parquet($passages) USING (passage_id) WHERE relevance > 0)
+        SELECT DISTINCT query_id FROM texts SEMI JOIN sentences USING (key) ORDER BY query_id""",
+        {
+            "examples": str(examples / EXAMPLES_FILE),
+            "queries": str(cleaned / QUERIES_FILE),
+            "qrels": str(cleaned / QRELS_FILE),
+            "passages": str(cleaned / PASSAGES_FILE),
+        },
+    ).fetchall()
+    return [row[0] for row in found]

@@ -34,6 +34,11 @@ class HistoryPoint(BaseModel):
     outcome: str  # the gate's
     served: list[Served]
 
+    @property
+    def serving(self) -> float:
+        """The metric of what would serve: the reranker over the embedder, or the embedder alone."""
+        return self.values.get(RERANKER, self.values[EMBEDDER])
+
 
 THIS = "this one"  # the version of an evaluation that is being made
 SHOWN = (BM25, BASE_EMBEDDER, EMBEDDER, RERANKER)

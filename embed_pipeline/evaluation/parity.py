@@ -38,7 +38,7 @@ class Parity(BaseModel):
     passages: list[str]  # one for each query
     query_embeddings: list[list[float]]  # float32, unit rows
     passage_embeddings: list[list[float]]
-    scores: list[float]  # the reranker's raw ones, of each query with its passage
+    scores: list[float]  # the reranker's raw ones, of each query with its passage; empty where there is none
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -60,9 +60,9 @@ class Parity(BaseModel):
 
 
 def write_parity(
-    collection: Collection,
+    texts: Collection | Sequence[tuple[str, str]],
     embedder: Path,
-    reranker: Path,
+    reranker: Path | None,
     out: Path,
     *,
     trust_embedder_code: bool,
@@ -70,20 +70,25 @@ def write_parity(
 ) -> None:
     """Write `parity.json` into `out`: the models in the folders `embedder` and `reranker` on a few test questions.
 
-    Among them are the longest question and the longest answer, so that a lost maximum length shows.
+    `texts` are questions with their answers, or pairs of sentences. Among those taken are the longest question and the
+    longest answer, so that a lost maximum length shows.
     """
     from embed_pipeline.models.embedder import load_sentence_transformer
-    from embed_pipeline.models.reranker import Reranker
 
-    queries, passages = _sample(collection)
+    queries, passages = _sample(texts if isinstance(texts, Sequence) else _answered(texts))
     model = load_sentence_transformer(embedder, trust_remote_code=trust_embedder_code)
-    cross_encoder = Reranker(reranker, precision="float32", trust_remote_code=trust_reranker_code, batch_size=1)
+    scores: list[float] = []
+    if reranker is not None:
+        from embed_pipeline.models.reranker import Reranker
+
+        cross_encoder = Reranker(reranker, precision="float32", trust_remote_code=trust_reranker_code, batch_size=1)
+        scores = _exactly(cross_encoder.score(list(zip(queries, passages, strict=True)), progress=False))
     parity = Parity(
         queries=queries,
         passages=passages,
         query_embeddings=_exactly(encode(model, queries, "query")),
         passage_embeddings=_exactly(encode(model, passages, "document")),
-        scores=_exactly(cross_encoder.score(list(zip(queries, passages, strict=True)), progress=False)),
+        scores=scores,
     )
     (out / PARITY_FILE).write_text(parity.model_dump_json() + "\n", encoding="utf-8")
 
@@ -107,12 +112,16 @@ def encode(model: SentenceTransformer, texts: Sequence[str], task: str) -> np.nd
     return np.asarray(embeddings, dtype=np.float32)
 
 
-def _sample(collection: Collection) -> tuple[list[str], list[str]]:
-    """The first test questions and the longest one, each with a passage judged relevant."""
+def _answered(collection: Collection) -> list[tuple[str, str]]:
+    """Every test question with a passage judged relevant."""
     query, passage = collection.positives()
     rows, at = np.unique(query, return_index=True)
-    pairs = [(collection.queries[row], collection.texts[passage[first]]) for row, first in zip(rows, at, strict=True)]
-    first, rest = pairs[: SAMPLE - 2], pairs[SAMPLE - 2 :]
+    return [(collection.queries[row], collection.texts[passage[first]]) for row, first in zip(rows, at, strict=True)]
+
+
+def _sample(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """The first pairs, and the longest text of each side."""
+    first, rest = list(pairs[: SAMPLE - 2]), list(pairs[SAMPLE - 2 :])
     for part in (0, 1):
         if rest:
             longest = max(range(len(rest)), key=lambda i: len(rest[i][part]))

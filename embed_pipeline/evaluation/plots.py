@@ -33,6 +33,7 @@ _VARIABLES = {
     "#000007": "var(--other, #d9822b)",
     "#000008": "var(--card, #ffffff)",
 }
+_MOST_DOTS = 1_200  # of a plot, all of them evenly spread over the pairs: the report stays a page
 _INK, _MUTED, _LINE, _BETTER, _WORSE, _ACCENT, _OTHER, _CARD = _VARIABLES
 _OF_VERDICT = {"better": _BETTER, "worse": _WORSE, "undecided": _MUTED}
 _STYLE: Any = {
@@ -99,6 +100,24 @@ def scores_plot(scores: ScoreSummary, limits: tuple[float, float], name: str) ->
         return _themed(figure, name)
 
 
+def similarities_plot(expected: np.ndarray, found: np.ndarray, name: str) -> str:
+    """(n,) scores that people gave and cosines -> a dot a pair, and the mean cosine along the scores as a line."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(3.0, width=5.2)
+        shown = np.linspace(0, len(expected) - 1, min(len(expected), _MOST_DOTS)).astype(int)
+        axes.plot(expected[shown], found[shown], "o", color=_ACCENT, markersize=3, alpha=0.25, markeredgewidth=0)
+        edges = np.linspace(0.0, 1.0, 11)
+        tenth = np.clip(np.digitize(expected, edges) - 1, 0, 9)
+        means = [(expected[tenth == i].mean(), found[tenth == i].mean()) for i in range(10) if (tenth == i).any()]
+        axes.plot(*zip(*means, strict=True), "-o", color=_OTHER, linewidth=2, markersize=4.5)
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_xlabel("how alike people found them")
+        axes.set_ylabel("cosine similarity")
+        axes.grid(color=_LINE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        return _themed(figure, name)
+
+
 def changes_plot(changes: np.ndarray, name: str) -> str:
     """(n,) per-query change of nDCG@10 -> how many queries changed by how much; the unchanged are in the title."""
     with matplotlib.rc_context(_STYLE):
@@ -128,8 +147,9 @@ def history_plot(points: Sequence[HistoryPoint], name: str) -> str:
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(3.1, width=11.0)
         places = np.arange(len(points))
+        metric = points[-1].metric
         for system, colour in ((BM25, _OTHER), (BASE_EMBEDDER, _MUTED), (EMBEDDER, _ACCENT), (RERANKER, _BETTER)):
-            values = np.array([point.values.get(system, np.nan) for point in points])
+            values = np.array([p.values.get(system, np.nan) if p.metric == metric else np.nan for p in points])
             if not np.isfinite(values).any():
                 continue
             axes.plot(places, values, "-o", color=colour, markersize=5.5, linewidth=1.6, label=SYSTEM_NAMES[system])
@@ -142,7 +162,7 @@ def history_plot(points: Sequence[HistoryPoint], name: str) -> str:
         shown = places[:: max(1, len(points) // 10)]
         axes.set_xticks(shown, [labels[place] for place in shown])
         axes.set_xlim(-0.6, len(points) - 0.4)
-        axes.set_ylabel(METRIC_NAMES[points[-1].metric])
+        axes.set_ylabel(METRIC_NAMES[metric])
         axes.grid(axis="y", color=_LINE, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.margins(y=0.15)

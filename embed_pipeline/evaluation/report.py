@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +23,17 @@ from embed_pipeline.errors import ArtifactError
 from embed_pipeline.evaluation.comparison import BASE_EMBEDDER, BM25, EMBEDDER, RERANKER, Comparison
 from embed_pipeline.evaluation.history import HistoryPoint
 from embed_pipeline.evaluation.metrics import METRICS
-from embed_pipeline.evaluation.plots import changes_plot, gains_plot, history_plot, scores_plot
-from embed_pipeline.evaluation.results import DETAILS_FILE, REPORT_FILE, SUMMARY_FILE, Details, EvaluationReport
+from embed_pipeline.evaluation.plots import changes_plot, gains_plot, history_plot, scores_plot, similarities_plot
+from embed_pipeline.evaluation.results import (
+    DETAILS_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+    Details,
+    EvaluationReport,
+    SourceFigure,
+)
 from embed_pipeline.evaluation.verdict import METRIC_NAMES, SYSTEM_NAMES, interval, percent, row_of, signed
-from embed_pipeline.tables import PER_QUERY_FILE
+from embed_pipeline.tables import PER_QUERY_FILE, SIMILARITIES_FILE
 
 _TERMINAL_METRICS = ("ndcg_at_10", "mrr_at_10", "recall_at_10", "hit_rate_at_1", "map_at_100")
 OUTCOMES = {"promote": "Passed the gate", "refuse": "Refused by the gate", "too_few": "Too few to tell"}
@@ -35,7 +43,7 @@ _COLOURS = {"better": "green", "worse": "red", "undecided": "dim"}
 
 def read_report(folder: Path) -> EvaluationReport:
     """What `evaluate` wrote into `folder`. Raises ArtifactError when it is not an evaluation."""
-    for name in (SUMMARY_FILE, DETAILS_FILE, PER_QUERY_FILE):
+    for name in (SUMMARY_FILE, DETAILS_FILE):
         if not (folder / name).is_file():
             raise ArtifactError(f"no {name} in {folder}: expected the folder of an evaluation version")
     summary = [Comparison.model_validate(row) for row in json.loads((folder / SUMMARY_FILE).read_text("utf-8"))]
@@ -59,15 +67,17 @@ def write_report(folder: Path, to: Path | None = None, history: Sequence[History
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"signed": signed, "percent": percent}
+    environment.filters |= {"signed": _signed, "percent": percent}
     page = environment.get_template("report.html").render(
         details=details,
         cards=_cards(report.summary),
         tables=_tables(report),
         metric_names=METRIC_NAMES,
+        measured={row.metric: METRIC_NAMES[row.metric] for row in report.summary},
+        sources=_sources(details),
         system_names=SYSTEM_NAMES,
         interval=lambda row: interval(row, details.confidence),
-        verdict=_needed(report.summary, EMBEDDER, "ndcg_at_10").verdict,
+        verdict=_needed(report.summary, EMBEDDER, details.metric).verdict,
         reranker_verdict=_verdict_of(details.over_embedder, RERANKER),
         outcomes=OUTCOMES,
         history=list(reversed(points)),
@@ -86,25 +96,54 @@ def terminal_table(folder: Path) -> Group:
     details = report.details
     table = Table(title=details.title, title_justify="left", caption_justify="left")
     table.add_column("system", no_wrap=True)
-    table.add_column("questions", justify="right")
-    for metric in _TERMINAL_METRICS:
+    table.add_column(details.items, justify="right")
+    metrics = _TERMINAL_METRICS if details.kind == "retrieval" else ("spearman", "pearson")
+    for metric in metrics:
         table.add_column(METRIC_NAMES[metric], justify="right", no_wrap=True)
     for system in dict.fromkeys(row.system for row in report.summary):
         rows = {row.metric: row for row in report.summary if row.system == system}
-        cells = [_terminal_cell(rows[metric]) for metric in _TERMINAL_METRICS]
-        table.add_row(SYSTEM_NAMES[system], f"{rows['ndcg_at_10'].num_queries:,}", *cells)
+        cells = [_terminal_cell(rows[metric]) for metric in metrics]
+        table.add_row(SYSTEM_NAMES[system], f"{rows[details.metric].num_queries:,}", *cells)
     table.caption = (
-        f"below each figure: gain over the base embedder on the same questions; green and red where its "
+        f"below each figure: gain over the base embedder on the same {details.items}; green and red where its "
         f"{percent(details.confidence)} interval leaves out 0"
     )
-    verdict = _needed(report.summary, EMBEDDER, "ndcg_at_10").verdict
+    verdict = _needed(report.summary, EMBEDDER, details.metric).verdict
     said = "\n".join([details.headline, *details.verdicts.values()])
     gate = "\n".join([details.gate.sentence, *details.gate.reasons[1:]])
     return Group(
         table,
+        *([_terminal_sources(details)] if details.sources else []),
         Panel(Text(said), border_style=_COLOURS[verdict]),
         Panel(Text(gate), title=OUTCOMES[details.gate.outcome], border_style=_OF_OUTCOME[details.gate.outcome]),
     )
+
+
+def _terminal_sources(details: Details) -> Table:
+    """The main figures of the library's evaluators."""
+    table = Table(title="sentence-transformers' evaluators, on test", title_justify="left")
+    for name in ("source and metric", "base", "fine-tuned", "difference", f"{percent(details.confidence)} interval"):
+        table.add_column(name, justify="left" if name.startswith("source") else "right", no_wrap=True)
+    for row in details.sources:
+        if row.main:
+            known = row.interval_low is not None and row.interval_high is not None
+            span = f"{signed(row.interval_low or 0)} to {signed(row.interval_high or 0)}" if known else ""
+            change = Text(_signed(row.change), style=_COLOURS[row.verdict])
+            table.add_row(row.name, f"{row.base:.3f}", f"{row.trained:.3f}", change, span)
+    return table
+
+
+def _sources(details: Details) -> dict[str, list[SourceFigure]]:
+    """The figures of the library's evaluators by source; NanoBEIR's sets one by one after their mean."""
+    return {source: [row for row in details.sources if row.source == source] for source in _names(details.sources)}
+
+
+def _names(rows: Sequence[SourceFigure]) -> list[str]:
+    return list(dict.fromkeys(row.source for row in rows))
+
+
+def _signed(value: float) -> str:
+    return signed(value) if math.isfinite(value) else "not a number"
 
 
 def _terminal_cell(row: Comparison) -> Text:
@@ -115,6 +154,12 @@ def _terminal_cell(row: Comparison) -> Text:
 
 
 def _cards(summary: list[Comparison]) -> list[dict[str, Any]]:
+    if row_of(summary, EMBEDDER, "spearman"):
+        told = {
+            "spearman": "Spearman: the order of the pairs, by people and by cosine",
+            "pearson": "Pearson: the same for the values themselves",
+        }
+        return [{"what": what, "row": _needed(summary, EMBEDDER, metric)} for metric, what in told.items()]
     told = {
         "hit_rate_at_1": "right passage first",
         "hit_rate_at_10": "right passage in the first ten",
@@ -129,7 +174,7 @@ def _tables(report: EvaluationReport) -> list[dict[str, Any]]:
     everywhere = _by_system([row for row in report.summary if row.num_queries == details.queries])
     tables = [
         {
-            "title": f"All {details.queries:,} test questions",
+            "title": f"All {details.queries:,} test {details.items}",
             "baseline": BASE_EMBEDDER,
             "against": "the base embedder",
             "systems": everywhere,
@@ -161,14 +206,14 @@ def _tables(report: EvaluationReport) -> list[dict[str, Any]]:
         )
     over_champion = _by_system(details.over_champion)
     if over_champion:
-        count = next(iter(over_champion.values()))["ndcg_at_10"].num_queries
+        count = next(iter(over_champion.values()))[details.metric].num_queries
         tables.append(
             {
-                "title": f"Against the champion, on the {count:,} test questions that it was not trained on"
+                "title": f"Against the champion, on the {count:,} test {details.items} that it was not trained on"
                 if details.seen_by_champion
                 else "Against the champion",
                 "baseline": "",
-                "against": "the champion's embedder, or the champion's pair,",
+                "against": "the champion",
                 "systems": over_champion,
             }
         )
@@ -182,7 +227,10 @@ def _by_system(rows: Sequence[Comparison]) -> dict[str, dict[str, Comparison]]:
 
 def _plots(report: EvaluationReport, folder: Path, history: Sequence[HistoryPoint]) -> dict[str, str]:
     details = report.details
-    plots = {"gains": gains_plot([_needed(report.summary, EMBEDDER, metric) for metric in METRICS], "gains")}
+    gains = [row for row in report.summary if row.system == EMBEDDER]
+    plots = {"gains": gains_plot(gains, "gains"), "history": history_plot(history, "history")}
+    if details.kind == "scored":
+        return {**plots, **_similarities(folder)}
     if row_of(details.over_embedder, RERANKER, METRICS[0]):
         reranker = [_needed(details.over_embedder, RERANKER, metric) for metric in METRICS]
         plots["reranker_gains"] = gains_plot(reranker, "reranker_gains")
@@ -190,7 +238,16 @@ def _plots(report: EvaluationReport, folder: Path, history: Sequence[HistoryPoin
     for system, scores in details.scores.items():
         plots[f"scores_{system}"] = scores_plot(scores, (min(edges), max(edges)), f"scores_{system}")
     plots["changes"] = changes_plot(_changes(folder), "changes")
-    plots["history"] = history_plot(history, "history")
+    return plots
+
+
+def _similarities(folder: Path) -> dict[str, str]:
+    table = pq.read_table(folder / SIMILARITIES_FILE)
+    plots = {}
+    for system in (BASE_EMBEDDER, EMBEDDER):
+        of_system = table.filter(pc.equal(table["system"], system)).sort_by("example_id")
+        expected, found = (of_system[column].to_numpy() for column in ("score", "similarity"))
+        plots[f"similarities_{system}"] = similarities_plot(expected, found, f"similarities_{system}")
     return plots
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
-from embed_pipeline.evaluation.comparison import Comparison
+from embed_pipeline.evaluation.comparison import BASE_EMBEDDER, EMBEDDER, Comparison
 from embed_pipeline.evaluation.gate import GateReport
+from embed_pipeline.evaluation.guard_sets import Figure
 from embed_pipeline.evaluation.history import HistoryPoint
 from embed_pipeline.mining.report import ScoreSummary
 
 SUMMARY_FILE = "summary.json"
 DETAILS_FILE = "details.json"
+EVALUATORS_FILE = "evaluators.json"  # the library's evaluators on the test split of every source
 REPORT_FILE = "report.html"
 
 
@@ -32,7 +36,53 @@ class QueryChange(_Part):
     first_after_relevant: bool
 
 
+class PairChange(_Part):
+    """A pair of sentences that the fine-tuned embedder places better or worse among the others than its base."""
+
+    sentence1: str
+    sentence2: str
+    score: float  # what people gave it, 0..1
+    before: float  # cosine
+    after: float
+    change: float  # how much nearer it came to the place that people give it, as a share of all pairs
+
+
+class SourceFigure(_Part):
+    """One figure of one evaluator of the library on one source: base first, then fine-tuned, then the difference."""
+
+    source: str
+    metric: str
+    main: bool  # the figure that its evaluator is about
+    base: Figure
+    trained: Figure
+    champion: Figure | None
+    change: Figure  # trained - base
+    interval_low: float | None  # of the change, by paired bootstrap, where the figure is made of single examples
+    interval_high: float | None
+    items: int | None  # queries, pairs or triplets behind it, where they are known
+
+    @property
+    def name(self) -> str:
+        """sts/spearman"""
+        return f"{self.source}/{self.metric}"
+
+    @property
+    def verdict(self) -> str:
+        """better, worse, or undecided where the interval holds 0 or there is none."""
+        low, high = self.interval_low, self.interval_high
+        return (
+            "undecided"
+            if low is None or high is None
+            else "better"
+            if low > 0
+            else "worse"
+            if high < 0
+            else "undecided"
+        )
+
+
 class Details(_Part):
+    kind: Literal["retrieval", "scored"]
     title: str
     gate: GateReport
     claim: str  # the verdict on the embedder in plain words
@@ -56,12 +106,35 @@ class Details(_Part):
     scores: dict[str, ScoreSummary]  # embedder -> similarity of positives and of each query's best other passage
     better: list[QueryChange]
     worse: list[QueryChange]
+    pairs_better: list[PairChange]  # of scored pairs
+    pairs_worse: list[PairChange]
+    sources: list[SourceFigure]  # the library's evaluators, on every source that was trained on, and on NanoBEIR
     queries_better: int
     queries_worse: int
     seed: int
     bootstrap_samples: int
     confidence: float
     versions: dict[str, str]
+
+    @property
+    def metric(self) -> str:
+        """The one that the report tells first."""
+        return "spearman" if self.kind == "scored" else "ndcg_at_10"
+
+    @property
+    def items(self) -> str:
+        """What is measured one at a time."""
+        return "pairs" if self.kind == "scored" else "questions"
+
+    @property
+    def source_metrics(self) -> dict[str, float]:
+        """As MLflow has them: `embedder/sts/spearman`, `base_embedder/sts/spearman`, and the difference of the two."""
+        rows = self.sources
+        return {
+            **{f"{BASE_EMBEDDER}/{row.name}": row.base for row in rows},
+            **{f"{EMBEDDER}/{row.name}": row.trained for row in rows},
+            **{f"{EMBEDDER}/{row.name}_gain_over_base": row.change for row in rows if row.main},
+        }
 
     @property
     def headline(self) -> str:

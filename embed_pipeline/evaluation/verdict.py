@@ -29,6 +29,8 @@ METRIC_NAMES = {
     "hit_rate_at_5": "Hit rate@5",
     "hit_rate_at_10": "Hit rate@10",
     "map_at_100": "MAP@100",
+    "spearman": "Spearman",
+    "pearson": "Pearson",
 }
 SYSTEM_NAMES = {  # in the order in which they are shown
     BM25: "Keyword search (BM25)",
@@ -60,6 +62,21 @@ def percent(value: float) -> str:
 
 def interval(row: Comparison, confidence: float) -> str:
     return f"{percent(confidence)} interval {signed(row.interval_low)} to {signed(row.interval_high)}"
+
+
+def headline_of_pairs(summary: list[Comparison], confidence: float) -> tuple[str, str]:
+    """The same for an embedder of scored pairs."""
+    spearman, pearson = _needed(summary, EMBEDDER, "spearman"), _needed(summary, EMBEDDER, "pearson")
+    figures = (
+        f"Spearman {signed(spearman.gain)} ({interval(spearman, confidence)}), Pearson {signed(pearson.gain)} "
+        f"({interval(pearson, confidence)})"
+    )
+    told = f"Spearman {spearman.value:.3f} on {spearman.num_queries:,} test pairs, before {spearman.baseline_value:.3f}"
+    if spearman.verdict == "better":
+        return f"The fine-tuned embedder orders pairs more as people do: {told}", figures
+    if spearman.verdict == "worse":
+        return f"Fine-tuning made the embedder worse at telling what is alike: {told}", figures
+    return f"Fine-tuning made no difference that the test can tell: {told}", figures
 
 
 def headline(summary: list[Comparison], confidence: float) -> tuple[str, str]:

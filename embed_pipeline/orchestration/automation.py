@@ -133,6 +133,7 @@ def _retraining(pipeline: Pipeline) -> dg.AutomationConditionSensorDefinition:
 
 def _retrained_on_change(pipeline: Pipeline, assets: Sequence[dg.AssetsDefinition]) -> list[dg.AssetsDefinition]:
     """The assets, those after the cleaned pairs with a condition: the first waits for a change, the others follow."""
+    first = "hard_negatives" if pipeline.settings.mines else "embedder"
     start = _cleaned_pairs_changed([key for asset in assets for key in asset.keys])
     follow = AC.any_deps_match(AC.will_be_requested()).with_label("what it is made from is made anew")
 
@@ -140,7 +141,7 @@ def _retrained_on_change(pipeline: Pipeline, assets: Sequence[dg.AssetsDefinitio
         asset = spec.key.path[-1]
         if asset in INGESTED:
             return spec
-        return spec.replace_attributes(automation_condition=start if asset == "hard_negatives" else follow)
+        return spec.replace_attributes(automation_condition=start if asset == first else follow)
 
     return [asset.map_asset_specs(with_condition) for asset in assets]
 

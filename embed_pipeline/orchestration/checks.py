@@ -59,14 +59,25 @@ def no_positive_among_negatives(pipeline: Pipeline) -> list[str]:
 
 
 def trained_on_no_held_out_question(pipeline: Pipeline) -> list[str]:
-    from embed_pipeline.evaluation.held_out import held_out_queries_among
+    """Of the own source and of the extra ones, in what each model was given to train on."""
+    from embed_pipeline.evaluation.held_out import held_out_pairs_among, held_out_queries_among
 
     cleaned, embedder, reranker = trained_together(pipeline)
-    trained = {"embedder": negatives_of(pipeline, embedder).path / HARD_NEGATIVES_FILE}
-    if reranker is not None:
-        trained["reranker"] = reranker.path / HARD_NEGATIVES_FILE
-    found = {model: held_out_queries_among(rows, cleaned.path) for model, rows in trained.items()}
-    return [f"the {model} was trained on held-out queries {ids[:3]}" for model, ids in found.items() if ids]
+    mined = {"embedder": negatives_of(pipeline, embedder), "reranker": reranker}
+    found = []
+    for model, artifact in mined.items():
+        if artifact is None:
+            continue
+        for source in pipeline.settings.sources:
+            rows = source_folder(artifact.path, source.extra_name) / HARD_NEGATIVES_FILE
+            # A reranker learns of an extra source only where it has a loss for it.
+            if source.is_retrieval and rows.is_file():
+                ids = held_out_queries_among(rows, source_folder(cleaned.path, source.extra_name))
+                of = f" of {source.extra_name}" if source.extra_name else ""
+                found += [f"the {model} was trained on held-out queries{of} {ids[:3]}"] if ids else []
+    if not pipeline.settings.source.is_retrieval and (ids := held_out_pairs_among(cleaned.path)):
+        found.append(f"the embedder was trained on test pairs {ids[:3]}")
+    return found
 
 
 @dataclass(frozen=True)

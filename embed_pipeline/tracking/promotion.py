@@ -14,6 +14,7 @@ import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from embed_pipeline.artifacts import PipelineStore
 from embed_pipeline.champions import (
@@ -61,7 +62,7 @@ class Promoted:
 
 
 def promote(store: PipelineStore, candidate: Candidate, track: Track, *, by: str, smoke_test: bool = False) -> Promoted:
-    """Register both models, check what the registry gives, then move aliases and pointer, both or neither.
+    """Register the models, check what the registry gives, then move aliases and pointer, both or neither.
 
     In a smoke test the gate's verdict does not count. Raises GateError when the candidate may not serve, ArtifactError
     when a file of it is not the one that was published, ModelError when what was registered is not what was evaluated,
@@ -78,11 +79,12 @@ def promote(store: PipelineStore, candidate: Candidate, track: Track, *, by: str
         candidate.verify()
         with track() as tracked:
             registry = Registry()
-            embedder, reranker = _registered(registry, store, candidate, _names(store, smoke_test), tracked)
+            names = _names(store, candidate, smoke_test)
+            embedder, reranker = _registered(registry, store, candidate, names, tracked)
             champion = Champion(
                 embedder_asset=candidate.embedder.manifest.asset,
                 embedder=candidate.embedder.version,
-                reranker=candidate.reranker.version,
+                reranker=candidate.reranker.version if candidate.reranker else None,
                 cleaned_pairs=candidate.evaluation.input("cleaned_pairs"),
                 evaluation=candidate.evaluation.version,
                 verdict=gate.sentence,
@@ -102,12 +104,12 @@ def challenge(store: PipelineStore, candidate: Candidate, track: Track) -> None:
         with changing(store) as history:
             if _serves(history, candidate):
                 return
-            registry, names = Registry(), _names(store, smoke_test=False)
+            registry, names = Registry(), _names(store, candidate, smoke_test=False)
             found = [registry.find(name, model) for (_, model), name in zip(candidate.models, names, strict=True)]
             # An MLflow run is opened only where there is something to register.
             with track() if None in found else nullcontext() as tracked:
                 models = _registered(registry, store, candidate, names, tracked)
-                registry.move({(model.name, CHALLENGER): model.version for model in models})
+                registry.move({(model.name, CHALLENGER): model.version for model in models if model is not None})
     except TrackingError as error:
         logger.warning("the candidate is not marked as challenger: %s", error)
 
@@ -162,16 +164,17 @@ def check_loads(store: PipelineStore, champion: Champion) -> float:
 
     candidate = _candidate_of(store, champion)
     parity = read_parity(candidate.evaluation.path)
-    in_registry = Registry().check(*champion.registered, parity)
-    embedder, reranker = (pointer(store) / kind for kind, _ in candidate.models)
-    trusted = [trusts_code(store, model) for _, model in candidate.models]
-    model = load_sentence_transformer(embedder, trust_remote_code=trusted[0])
-    by_path = Reranker(reranker, precision="float32", trust_remote_code=trusted[1], batch_size=1)
-    return max(
-        in_registry,
-        parity.check_embedder(model, str(embedder)),
-        parity.check_reranker(lambda pairs: by_path.score(pairs, progress=False), str(reranker)),
-    )
+    differences = [Registry().check(champion.registered_embedder, champion.registered_reranker, parity)]
+    for kind, artifact in candidate.models:
+        folder, trusted = pointer(store) / kind, trusts_code(store, artifact)
+        if kind == "embedder":
+            model = load_sentence_transformer(folder, trust_remote_code=trusted)
+            differences.append(parity.check_embedder(model, str(folder)))
+        else:
+            by_path = Reranker(folder, precision="float32", trust_remote_code=trusted, batch_size=1)
+            score = partial(by_path.score, progress=False)
+            differences.append(parity.check_reranker(score, str(folder)))
+    return max(differences)
 
 
 def person() -> str:
@@ -206,9 +209,9 @@ def _verdict(store: PipelineStore, candidate: Candidate, history: History, smoke
     ended = history.taken_down(pair_key(candidate.embedder, candidate.reranker))
     if ended is not None:
         raise GateError(
-            f"embedder {candidate.embedder.version} and reranker {candidate.reranker.version} were taken out of "
-            f"service at {ended.at} by {ended.by}: {ended.reason}. They do not come back by themselves; a person "
-            f"brings them back with `embed-pipeline rollback {name} --to {candidate.reranker.version} --reason ...`"
+            f"what the gate let pass ({candidate.title}) was taken out of service at {ended.at} by {ended.by}: "
+            f"{ended.reason}. It does not come back by itself; a person brings it back with `embed-pipeline rollback "
+            f"{name} --to {candidate.models[-1][1].version} --reason ...`"
         )
     return gate
 
@@ -227,7 +230,7 @@ def _served_before(store: PipelineStore, history: History, to: str | None, regis
         champion = promotion.champion
         if champion is None:
             continue
-        versions = (champion.embedder, champion.reranker, champion.evaluation)
+        versions = [version for _, version in champion.versions]
         if to == str(promotion.number) or (len(to) >= 4 and any(version.startswith(to) for version in versions)):
             found[champion.key] = champion
     if len(found) != 1:
@@ -236,21 +239,19 @@ def _served_before(store: PipelineStore, history: History, to: str | None, regis
     (target,) = found.values()
     serves = history.champion is not None and history.champion.key == target.key
     if serves and registry.holds(target):
-        raise GateError(f"embedder {target.embedder} and reranker {target.reranker} are the champion of {name} already")
+        raise GateError(f"the champion of {name} is {target.title} already")
     return target
 
 
 def _candidate_of(store: PipelineStore, champion: Champion) -> Candidate:
     """A champion's models and the evaluation that promoted it, file by file as they were published."""
     try:
-        embedder, reranker = models_of(store, champion)
+        embedder, *rerankers = models_of(store, champion)
+        reranker = rerankers[0] if rerankers else None
         candidate = Candidate(embedder, reranker, store.get("evaluation", champion.evaluation))
         candidate.verify()
     except ArtifactError as error:
-        raise ArtifactError(
-            f"embedder {champion.embedder} and reranker {champion.reranker} of {store.pipeline} are not what they were "
-            f"when they were promoted: {error}"
-        ) from error
+        raise ArtifactError(f"{champion.title} of {store.pipeline}: not what was promoted: {error}") from error
     return candidate
 
 
@@ -262,14 +263,14 @@ def _check_reason(reason: str) -> None:
 # ------------------------------------------------------------------------------------------- registration
 
 
-def _names(store: PipelineStore, smoke_test: bool) -> list[str]:
-    return [registered_name(store.pipeline, kind, smoke_test=smoke_test) for kind in ("embedder", "reranker")]
+def _names(store: PipelineStore, candidate: Candidate, smoke_test: bool) -> list[str]:
+    return [registered_name(store.pipeline, kind, smoke_test=smoke_test) for kind, _ in candidate.models]
 
 
 def _registered(
     registry: Registry, store: PipelineStore, candidate: Candidate, names: Sequence[str], tracked: TrackedRun | None
-) -> tuple[RegisteredModel, RegisteredModel]:
-    """Both models' versions in the registry, registered in the run `tracked` where they are not yet."""
+) -> tuple[RegisteredModel, RegisteredModel | None]:
+    """The models' versions in the registry, registered in the run `tracked` where they are not yet."""
     models = []
     for (kind, model), name in zip(candidate.models, names, strict=True):
         found = registry.find(name, model)
@@ -278,8 +279,7 @@ def _registered(
                 raise TrackingError("MLflow took no run, so nothing can be registered", passing=True)
             found = registry.register(store, candidate, kind, name, tracked)
         models.append(found)
-    embedder, reranker = models
-    return embedder, reranker
+    return models[0], models[1] if len(models) > 1 else None
 
 
 def _tracked(store: PipelineStore, name: str) -> AbstractContextManager[TrackedRun | None]:
@@ -357,8 +357,8 @@ def _settle(registry: Registry, store: PipelineStore, history: History) -> list[
     if history.champion is not None and not registry.holds(history.champion):
         versions = " and ".join(f"version {model.version} of {model.name}" for model in history.champion.registered)
         raise TrackingError(
-            f"the champion is {versions}, but MLflow does not hold both any more. Register it again from the store: "
-            f"`embed-pipeline rollback {store.pipeline} --to {history.promotions[-1].number} --reason ...`"
+            f"the champion is {versions}, but MLflow does not hold all of it any more. Register it again from the "
+            f"store: `embed-pipeline rollback {store.pipeline} --to {history.promotions[-1].number} --reason ...`"
         )
     moves, told = _differences(registry, history)
     registry.move(moves)

@@ -1,5 +1,7 @@
 """MLflow's model registry: embedder and reranker as versions of `<pipeline>-embedder` and `<pipeline>-reranker`.
 
+A pipeline without a reranker has the first of the two names alone.
+
 A version is registered once, with its signature, an input example, the exact packages it was evaluated with, the
 figures of its evaluation, and tags that lead back to the store. Aliases say what it is: `champion` serves, `previous`
 is what a rollback goes back to, `challenger` is the last candidate that did not pass.
@@ -48,19 +50,26 @@ TAG = "embed_pipeline."
 
 @dataclass(frozen=True)
 class Candidate:
-    """An embedder and a reranker that serve together, and the evaluation that judged them."""
+    """An embedder, the reranker that serves with it if there is one, and the evaluation that judged them."""
 
     embedder: Artifact
-    reranker: Artifact
+    reranker: Artifact | None
     evaluation: Artifact
 
     @property
     def models(self) -> tuple[tuple[Kind, Artifact], ...]:
-        return ("embedder", self.embedder), ("reranker", self.reranker)
+        """The embedder first."""
+        embedder: tuple[Kind, Artifact] = ("embedder", self.embedder)
+        return (embedder,) if self.reranker is None else (embedder, ("reranker", self.reranker))
+
+    @property
+    def title(self) -> str:
+        """For sentences: embedder 0123, reranker 4567"""
+        return ", ".join(f"{kind} {model.version}" for kind, model in self.models)
 
     def verify(self) -> None:
         """Compare every file with its manifest; raises ArtifactError naming the first that differs."""
-        for artifact in (self.embedder, self.reranker, self.evaluation):
+        for artifact in (*(model for _, model in self.models), self.evaluation):
             artifact.verify()
 
 
@@ -97,7 +106,7 @@ class Registry:
         self, store: PipelineStore, candidate: Candidate, kind: Kind, name: str, tracked: TrackedRun
     ) -> RegisteredModel:
         """A new version of `name`, logged in the run `tracked`: the candidate's embedder or reranker."""
-        model = candidate.embedder if kind == "embedder" else candidate.reranker
+        model = dict(candidate.models)[kind]
         parity = read_parity(candidate.evaluation.path)
         save = _save_embedder if kind == "embedder" else _save_reranker
         tags = _lineage(store, candidate, model)
@@ -134,14 +143,16 @@ class Registry:
         logger.info("registered %s as %s", model.version, registered.uri)
         return registered
 
-    def check(self, embedder: RegisteredModel, reranker: RegisteredModel, parity: Parity) -> float:
-        """Load both as a user would and compare what they give with what was evaluated: the largest difference.
+    def check(self, embedder: RegisteredModel, reranker: RegisteredModel | None, parity: Parity) -> float:
+        """Load them as a user would and compare what they give with what was evaluated: the largest difference.
 
         Raises ModelError when one cannot be loaded or differs by more than the tolerance.
         """
         with tempfile.TemporaryDirectory() as folder:
             model = _loading(embedder, lambda: self._load_embedder(embedder.uri, folder))
             largest = parity.check_embedder(model, f"{embedder.uri} as MLflow loads it")
+        if reranker is None:
+            return largest
         with tempfile.TemporaryDirectory() as folder:
             score = _loading(reranker, lambda: self._load_reranker(reranker.uri, folder))
             return max(largest, parity.check_reranker(score, f"{reranker.uri} as MLflow loads it"))
@@ -169,9 +180,8 @@ class Registry:
                     self._client.set_registered_model_alias(name, alias, version)
 
     def holds(self, champion: Champion) -> bool:
-        """Whether both of its versions are still there, and are its models: a new database counts from 1 again."""
-        stored = (champion.embedder, champion.reranker)
-        for model, version in zip(champion.registered, stored, strict=True):
+        """Whether all of its versions are still there, and are its models: a new database counts from 1 again."""
+        for model, (_, version) in zip(champion.registered, champion.models, strict=True):
             with _answering():
                 found = self._client.search_model_versions(
                     f"name = '{model.name}' and tags.`{TAG}version` = '{version}'"
@@ -217,18 +227,18 @@ class Registry:
 
 def load_lines(store: PipelineStore, champion: Champion) -> str:
     """Python that loads the champion, from the registry and by path; each model is one line."""
-    (embedder, trust_embedder), (reranker, trust_reranker) = (
-        (registered.name, ", trust_remote_code=True" if trusts_code(store, model) else "")
-        for registered, model in zip(champion.registered, models_of(store, champion), strict=True)
-    )
-    return f"""\
-import mlflow  # with MLFLOW_TRACKING_URI={without_password(tracking_uri())}
-embedder = mlflow.sentence_transformers.load_model("models:/{embedder}@{CHAMPION}")
-reranker = mlflow.pyfunc.load_model("models:/{reranker}@{CHAMPION}")
-
-from sentence_transformers import CrossEncoder, SentenceTransformer
-embedder = SentenceTransformer("{pointer(store) / "embedder"}"{trust_embedder})
-reranker = CrossEncoder("{pointer(store) / "reranker"}"{trust_reranker})"""
+    names = [model.name for model in champion.registered]
+    trusted = [", trust_remote_code=True" if trusts_code(store, model) else "" for model in models_of(store, champion)]
+    lines = [
+        f"import mlflow  # with MLFLOW_TRACKING_URI={without_password(tracking_uri())}",
+        f'embedder = mlflow.sentence_transformers.load_model("models:/{names[0]}@{CHAMPION}")',
+        *(f'reranker = mlflow.pyfunc.load_model("models:/{name}@{CHAMPION}")' for name in names[1:]),
+        "",
+        f"from sentence_transformers import {'CrossEncoder, ' if names[1:] else ''}SentenceTransformer",
+        f'embedder = SentenceTransformer("{pointer(store) / "embedder"}"{trusted[0]})',
+        *(f'reranker = CrossEncoder("{pointer(store) / "reranker"}"{trust})' for trust in trusted[1:]),
+    ]
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -124,6 +124,7 @@ class Workshop:
             seed=seed,
             base_model=base,
             trust_remote_code=self.trusted,
+            source_name=self.store.pipeline,
             cleaned_pairs=Path(),
             hard_negatives=Path(),
             output=out,

@@ -55,10 +55,11 @@ def _change(change: "QueryChange") -> tuple[str, str, str, str]:
 
 def evaluation_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
     name = pipeline.settings.name
+    reranker = [[name, "reranker"]] if pipeline.settings.reranker is not None else []
 
     @dg.asset(
         key=[name, "evaluation"],
-        deps=[[name, "cleaned_pairs"], [name, pipeline.settings.final_embedder], [name, "reranker"]],
+        deps=[[name, "cleaned_pairs"], [name, pipeline.settings.final_embedder], *reranker],
         group_name=name,
         kinds={"parquet", "mlflow"},
         pool="gpu",

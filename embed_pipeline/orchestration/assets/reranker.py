@@ -14,8 +14,11 @@ from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_reranker
 RerankerOverrides = overrides_of(RerankerSettings, "RerankerOverrides")
 
 
-def reranker_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
-    name = pipeline.settings.name
+def reranker_asset(pipeline: Pipeline) -> dg.AssetsDefinition | None:
+    """None where the pipeline ends with its embedder."""
+    name, settings = pipeline.settings.name, pipeline.settings.reranker
+    if settings is None:
+        return None
 
     @dg.asset(
         key=[name, "reranker"],
@@ -29,7 +32,7 @@ def reranker_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
     )
     def reranker(context: dg.AssetExecutionContext, config: RerankerOverrides) -> dg.MaterializeResult:
         with readable_errors():
-            reranker = apply_overrides(pipeline.settings.reranker, config)
+            reranker = apply_overrides(settings, config)
             produced = make_reranker(
                 pipeline.for_run(context.run_id, reranker=reranker), partial(launch_under_dagster, context)
             )

@@ -1,0 +1,102 @@
+"""What embedders are measured by besides the pipeline's own test split: guard sets, and the library's evaluators."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from embed_pipeline.evaluation.comparison import BASE_EMBEDDER, CHAMPION_EMBEDDER, EMBEDDER
+from embed_pipeline.evaluation.correlation import bootstrap_difference
+from embed_pipeline.evaluation.evaluators import EmbedderEvaluators, Figure, Figures
+from embed_pipeline.evaluation.guard_sets import GuardResult, GuardScore, GuardSet, Part, judge_guard
+from embed_pipeline.evaluation.results import SourceFigure
+from embed_pipeline.evaluation.significance import paired_bootstrap
+from embed_pipeline.models.embedder import Embedder
+from embed_pipeline.settings import EvaluationSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Beside:
+    """Measures one embedder after the other, then compares them."""
+
+    settings: EvaluationSettings
+    seed: int
+    guards: Sequence[GuardSet] = ()
+    guard_part: Part = "all"
+    evaluators: EmbedderEvaluators | None = None
+    guard_scores: dict[str, dict[str, GuardScore]] = field(default_factory=dict)  # system -> guard -> score
+    figures: dict[str, Figures] = field(default_factory=dict)  # system -> figures
+
+    def measure(self, system: str, embedder: Embedder) -> None:
+        self.guard_scores[system] = {
+            guard.settings.name: guard.measure(embedder, self.guard_part) for guard in self.guards
+        }
+        if self.evaluators is not None:
+            logger.info("the evaluators of %d sources", len({part.source for part in self.evaluators.parts}))
+            self.figures[system] = self.evaluators.measure(embedder)
+
+    def guard_results(self) -> list[GuardResult]:
+        return [
+            judge_guard(
+                guard.settings,
+                self.guard_scores[BASE_EMBEDDER][guard.settings.name],
+                self.guard_scores[EMBEDDER][guard.settings.name],
+                self.guard_scores.get(CHAMPION_EMBEDDER, {}).get(guard.settings.name),
+                evaluation=self.settings,
+                seed=self.seed,
+            )
+            for guard in self.guards
+        ]
+
+    def source_figures(self) -> list[SourceFigure]:
+        """Each figure that both the base and the fine-tuned embedder have, in the order of the evaluators."""
+        if self.evaluators is None:
+            return []
+        base, trained = self.figures[BASE_EMBEDDER], self.figures[EMBEDDER]
+        champion, main = self.figures.get(CHAMPION_EMBEDDER, {}), set(self.evaluators.main_metrics)
+        rows = []
+        for name, before in base.items():
+            after = trained.get(name)
+            if after is None:
+                continue
+            source, _, metric = name.rpartition("/")
+            low, high = self._interval(before, after) or (None, None)
+            rows.append(
+                SourceFigure(
+                    source=source,
+                    metric=metric,
+                    main=name in main,
+                    base=before.value,
+                    trained=after.value,
+                    champion=champion[name].value if name in champion else None,
+                    change=after.value - before.value,
+                    interval_low=low,
+                    interval_high=high,
+                    items=None if before.items is None else len(before.items),
+                )
+            )
+        return rows
+
+    def _interval(self, before: Figure, after: Figure) -> tuple[float, float] | None:
+        if before.items is None or after.items is None or not math.isfinite(after.value - before.value):
+            return None
+        samples, confidence = self.settings.bootstrap_samples, self.settings.confidence
+        if before.expected is not None:
+            return bootstrap_difference(
+                before.items,
+                after.items,
+                before.expected,
+                samples=samples,
+                confidence=confidence,
+                seed=self.seed,
+                method=before.method,
+            )
+        differences = (after.items - before.items)[:, None].astype(np.float64)
+        found = paired_bootstrap(differences, samples=samples, confidence=confidence, seed=self.seed)
+        return float(found.low[0]), float(found.high[0])
