@@ -8,7 +8,7 @@ export DAGSTER_HOME ?= $(CURDIR)/dagster_home
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint ui mlflow clean
+.PHONY: help setup demo test test-all docs ui mlflow clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test: setup  ## lint, type check and test (what CI runs)
 
 test-all: setup  ## the slow tests as well
 	$(BIN)/python -m pytest
+
+docs: setup  ## write docs/settings.md and docs/losses.md anew from the code
+	$(BIN)/python -m embed_pipeline.reference docs
 
 ui: setup  ## the Dagster UI on http://127.0.0.1:3000
 	$(BIN)/dagster dev -w workspace.yaml

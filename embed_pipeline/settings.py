@@ -121,17 +121,31 @@ class EncodingSettings(Settings):
     """
 
     query_prompt: str | None = Field(
-        None, validation_alias=AliasChoices("query_prompt", "query_instruction_for_retrieval")
+        None,
+        validation_alias=AliasChoices("query_prompt", "query_instruction_for_retrieval"),
+        description="put before every query",
     )
     passage_prompt: str | None = Field(
-        None, validation_alias=AliasChoices("passage_prompt", "passage_instruction_for_retrieval")
+        None,
+        validation_alias=AliasChoices("passage_prompt", "passage_instruction_for_retrieval"),
+        description="put before every passage",
     )
-    query_max_length: int | None = Field(None, ge=4, validation_alias=AliasChoices("query_max_length", "query_max_len"))
+    query_max_length: int | None = Field(
+        None,
+        ge=4,
+        validation_alias=AliasChoices("query_max_length", "query_max_len"),
+        description="tokens, special ones included; longer queries are cut",
+    )
     passage_max_length: int | None = Field(
-        None, ge=4, validation_alias=AliasChoices("passage_max_length", "passage_max_len")
+        None,
+        ge=4,
+        validation_alias=AliasChoices("passage_max_length", "passage_max_len"),
+        description="likewise; time and memory grow with it",
     )
     pooling: Literal["cls", "mean", "lasttoken"] | None = Field(
-        None, validation_alias=AliasChoices("pooling", "sentence_pooling_method")
+        None,
+        validation_alias=AliasChoices("pooling", "sentence_pooling_method"),
+        description="which of the token embeddings stand for the text",
     )
     normalize: Literal[True] | None = Field(
         None,
@@ -160,14 +174,14 @@ class ColumnSettings(Settings):
     every file must have it. The same goes for the two id columns of pairs and triplets.
     """
 
-    query: str = "query"
-    passage: str = "passage"
+    query: str = Field("query", description="the question")
+    passage: str = Field("passage", description="pairs: the text that answers it")
     positive: str = Field("positive", description="triplets: the passage that answers")
     negative: str = Field(
         "negative", description="triplets: the passage that does not; negative_1, negative_2, ... are taken as well"
     )
-    query_id: str = "query_id"
-    passage_id: str = "passage_id"
+    query_id: str = Field("query_id", description="its own id, where it has one; else one is made from the text")
+    passage_id: str = Field("passage_id", description="likewise")
     qrels_query_id: str | None = Field(None, description="beir: its name in qrels, where it is not `query_id`'s")
     qrels_passage_id: str | None = Field(None, description="beir: its name in qrels, where it is not `passage_id`'s")
     relevance: str | None = Field(None, description="graded relevance; BEIR qrels default to `score`")
@@ -290,15 +304,17 @@ class NearDuplicateSettings(Settings):
         "merge", description="merge: one passage of a cluster stays and inherits the judgements of the others"
     )
     threshold: Share = Field(0.85, description="Jaccard similarity from which two passages are near-duplicates")
-    shingle_characters: int = Field(5, ge=2, le=20)
-    permutations: int = Field(128, ge=16, le=1024)
+    shingle_characters: int = Field(
+        5, ge=2, le=20, description="length of the pieces that two passages are compared by"
+    )
+    permutations: int = Field(128, ge=16, le=1024, description="of MinHash: more find more candidates and take longer")
 
 
 class SplitSettings(Settings):
     """Shares of the groups; a group is what is linked by a query, a document or a near-duplicate cluster."""
 
-    dev: Share = 0.1
-    test: Share = 0.2
+    dev: Share = Field(0.1, description="of the groups: for early stopping and every choice that is made by looking")
+    test: Share = Field(0.2, description="of the groups: for the gate alone")
     overlap_tokens: int = Field(13, ge=4, description="length of the word runs looked for across splits")
     max_overlap: Share = Field(
         0.2, description="a train passage that holds more of a dev or test positive's word runs leaves train"
@@ -312,10 +328,18 @@ class SplitSettings(Settings):
 
 
 class CleaningSettings(Settings):
-    query_min_characters: int = Field(2, ge=1)
-    query_max_characters: int = Field(2_000, ge=1)
-    passage_min_characters: int = Field(2, ge=1)
-    passage_max_characters: int = Field(100_000, ge=1)
+    """What a row has to be to be kept, and how splits are cut."""
+
+    query_min_characters: int = Field(
+        2, ge=1, description="shorter ones are rejected; one character can be a word in Chinese, but hardly a question"
+    )
+    query_max_characters: int = Field(
+        2_000, ge=1, description="longer ones are rejected: a document in the wrong column"
+    )
+    passage_min_characters: int = Field(2, ge=1, description="shorter ones are rejected")
+    passage_max_characters: int = Field(
+        100_000, ge=1, description="longer ones are rejected: no model reads them to their end"
+    )
     max_missing_answers: Share = Field(
         0.05,
         description="the share of a split's answers, and of its questions, that may be lost because a text is nowhere "
@@ -337,7 +361,7 @@ class CrossEncoderSettings(Settings):
         description="a negative is refused when its score, mapped to 0..1, exceeds this share of the best-scored "
         "positive's; null: it refuses none and only teaches",
     )
-    max_length: int = Field(512, ge=8)
+    max_length: int = Field(512, ge=8, description="tokens of query and passage together")
 
 
 class MiningSettings(Settings):
@@ -345,7 +369,9 @@ class MiningSettings(Settings):
 
     top_k: int = Field(100, ge=1, description="passages retrieved per query; the depth of the search")
     range_min: int = Field(0, ge=0, description="skip this many of the best-ranked candidates")
-    num_negatives: int = Field(8, ge=1)
+    num_negatives: int = Field(
+        8, ge=1, description="kept for each query; embedder.train_group_size - 1 of them are in a batch"
+    )
     max_score_ratio: Share | None = Field(
         0.95, description="a negative may score at most this share of the query's lowest-scoring positive"
     )
@@ -436,46 +462,50 @@ def _no_such_arguments(name: str, given: Mapping[str, Any], allowed: Sequence[st
 class LoraSettings(Settings):
     """Low-rank adapters (arXiv 2106.09685) by PEFT's names; merged into the weights when the training ends."""
 
-    r: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    r: int = Field(16, ge=1, description="rank of the adapters")
+    lora_alpha: int = Field(32, ge=1, description="their scale is lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="on their input, while training")
     target_modules: str | tuple[str, ...] | None = Field(
         None, description="unset: what PEFT knows of the architecture; all-linear: every linear layer"
     )
-    use_rslora: bool = False
-    use_dora: bool = False
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r), for high ranks (arXiv 2312.03732)")
+    use_dora: bool = Field(False, description="adapt magnitude and direction apart (arXiv 2402.09353)")
 
 
 class FreezeSettings(Settings):
     """What of the base model stays as it is."""
 
-    embeddings: bool = False
+    embeddings: bool = Field(False, description="of words, positions and types")
     layers: int = Field(0, ge=0, description="so many of the transformer's layers, from the first")
 
 
 class TrainingSettings(Settings):
     """What both model kinds and both engines share. Names are those of the two libraries."""
 
-    engine: Engine = "sentence-transformers"
-    epochs: float = Field(1.0, gt=0)
+    engine: Engine = Field("sentence-transformers", description="the library that trains")
+    epochs: float = Field(1.0, gt=0, description="times that every row is seen; small sets bear up to 3")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps (smoke tests)")
     train_queries: int | None = Field(None, ge=1, description="train on a seeded sample of this many queries")
     train_group_size: int = Field(
         5, ge=1, description="passages per query in a batch: one positive and train_group_size - 1 hard negatives"
     )
     batch_size: int = Field(64, ge=1, description="queries per process and step")
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(2e-5, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="batches whose gradients make one step; in-batch negatives stay those of one batch"
+    )
+    learning_rate: float = Field(2e-5, gt=0, description="its highest value; small models take 1e-4")
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW; biases and norms are left out")
     warmup_ratio: float = Field(0.1, ge=0.0, lt=1.0, description="share of the steps in which the rate rises")
-    scheduler: Scheduler = "linear"
-    max_grad_norm: float = Field(1.0, gt=0)
+    scheduler: Scheduler = Field(
+        "linear", description="how the rate falls after the warm-up; lr_scheduler_kwargs go under arguments"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are cut to this length")
     precision: Precision = Field("auto", description="auto: bfloat16 where the hardware has it, else float32")
     dropout: float | None = Field(
         None, ge=0.0, lt=1.0, description="while training; unset: the base model's own. 0 saves a third of a CPU's step"
     )
-    gradient_checkpointing: bool = False
-    logging_steps: int = Field(10, ge=1)
+    gradient_checkpointing: bool = Field(False, description="half the memory of activations for a third more time")
+    logging_steps: int = Field(10, ge=1, description="steps between two figures of the loss")
     evaluations: int = Field(4, ge=1, description="dev-set evaluations, evenly spaced over the training")
     early_stopping_patience: int = Field(3, ge=1, description="evaluations without a better dev nDCG@10")
     dev_queries: int = Field(500, ge=1, description="at most this many dev queries are used during training")
@@ -519,6 +549,8 @@ class TrainingSettings(Settings):
 
 
 class EmbedderSettings(TrainingSettings, LossSettings):
+    """The bi-encoder's training."""
+
     base_model: ModelSource
     encoding: EncodingSettings = EncodingSettings()
     temperature: float = Field(0.02, gt=0, description="divides the cosine similarities in the contrastive loss")
@@ -528,6 +560,8 @@ class EmbedderSettings(TrainingSettings, LossSettings):
 
 
 class RerankerSettings(TrainingSettings):
+    """The cross-encoder's training, on what the fine-tuned embedder retrieves."""
+
     base_model: ModelSource | Literal["embedder"] = Field(
         description="a cross-encoder, any encoder (a fresh head is added), or the fine-tuned embedder's own weights"
     )
@@ -537,7 +571,12 @@ class RerankerSettings(TrainingSettings):
         validation_alias=AliasChoices("query_max_length", "query_max_len"),
         description="a pair may have query_max_length + passage_max_length tokens",
     )
-    passage_max_length: int = Field(384, ge=4, validation_alias=AliasChoices("passage_max_length", "passage_max_len"))
+    passage_max_length: int = Field(
+        384,
+        ge=4,
+        validation_alias=AliasChoices("passage_max_length", "passage_max_len"),
+        description="what the query leaves of them, the passage may have as well",
+    )
     train_group_size: int = Field(
         5, ge=2, description="passages per query in a batch: one positive and train_group_size - 1 negatives"
     )
@@ -549,7 +588,9 @@ class RerankerSettings(TrainingSettings):
         "of the group. A base model that is a cross-encoder already needs none",
     )
     batch_size: int = Field(16, ge=1, description="queries (each with its group) per process and step")
-    learning_rate: float = Field(2e-5, gt=0)
+    learning_rate: float = Field(
+        2e-5, gt=0, description="its highest value; a small model with a fresh head takes 3e-4"
+    )
     loss: str = Field("BinaryCrossEntropyLoss", description="a cross-encoder loss of sentence-transformers")
     loss_arguments: dict[str, Any] = Field(default_factory=dict, description="of the loss, by its own names")
     num_negatives: int = Field(8, ge=1, description="mined with the fine-tuned embedder for each train query")
@@ -588,7 +629,9 @@ class ExtraSourceSettings(SourceSettings, LossSettings):
     questions and answers hold is dropped from its train rows.
     """
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    name: str = Field(
+        pattern=r"^[a-z][a-z0-9_]*$", description="of its tables, its figures and its row in the model card"
+    )
     train_rows: int | None = Field(None, ge=1, description="learn from a seeded sample of so many rows (queries)")
     reranker_loss: str | None = Field(None, description="a cross-encoder loss; unset: the reranker does not learn it")
     reranker_loss_arguments: dict[str, Any] = Field(default_factory=dict, description="of that loss, by its own names")
@@ -625,6 +668,8 @@ def _reranker_loss_problem(name: str, arguments: Mapping[str, Any], kind: Source
 
 
 class EvaluationSettings(Settings):
+    """How the models are measured on the test split."""
+
     rerank_top_k: int = Field(
         100,
         ge=1,
@@ -634,8 +679,10 @@ class EvaluationSettings(Settings):
     rerank_queries: int | None = Field(
         None, ge=1, description="rerank a seeded sample of the test queries; all if unset"
     )
-    bootstrap_samples: int = Field(10_000, ge=100)
-    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    bootstrap_samples: int = Field(10_000, ge=100, description="of the questions, for the intervals")
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(
+        0.95, description="of the intervals, and of the permutation test"
+    )
     examples: int = Field(15, ge=0, description="queries shown in the report that got better, and that got worse")
     source_queries: int = Field(
         1_000,
@@ -668,7 +715,7 @@ class GateSettings(Settings):
 class GuardSettings(Settings):
     """Another set, of a task that the fine-tuned embedder must not unlearn."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="of its figures")
     kind: Literal["beir", "scored"] = Field(
         description="beir: a folder of corpus, queries and qrels, parquet or BEIR's own jsonl and tsv, measured by "
         "nDCG@10; scored: a parquet of sentence1, sentence2, score, measured by Spearman's rank correlation"
@@ -789,7 +836,7 @@ class HubSettings(Settings):
 
     embedder: str | None = Field(None, description="repository, e.g. your-company/support-embedder")
     reranker: str | None = Field(None, description="repository of the reranker")
-    private: bool = True
+    private: bool = Field(True, description="seen by your organisation alone; a public repository is refused then")
 
     @model_validator(mode="after")
     def _somewhere(self) -> HubSettings:
@@ -803,17 +850,19 @@ class HubSettings(Settings):
 
 
 class TrackingSettings(Settings):
+    """What goes to MLflow."""
+
     experiment: str | None = Field(None, description="MLflow experiment; the pipeline's name if unset")
     log_model: bool = Field(True, description="upload the model folder to MLflow as well")
-    system_metrics: bool = True
+    system_metrics: bool = Field(True, description="memory, processor and GPU over time, in MLflow")
 
 
 class PipelineSettings(Settings):
     """One domain's pipeline: the attributes of `type: embed_pipeline.RetrievalPipeline`."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="prefix of the asset keys and folder in the store")
-    description: str = ""
-    seed: int = Field(42, ge=0, lt=2**31)
+    description: str = Field("", description="shown in the Dagster UI")
+    seed: int = Field(42, ge=0, lt=2**31, description="of splits, samples, fresh weights and the order of rows")
     encode_precision: Precision = Field("auto", description="arithmetic when encoding for mining and evaluation")
     source: SourceSettings
     extra_sources: tuple[ExtraSourceSettings, ...] = ()
