@@ -72,9 +72,7 @@ def lay_out(carded: Carded, kind: Kind, exports: Artifact | None, folder: Path, 
         report = ExportReport.model_validate(exports.report)
         for name in _forms_of(report, kind):
             shutil.copytree(exports.path / name, folder / EXPORTS_FOLDER / name)
-        table = (
-            f"{markdown(report)}\nThose that are published lie in `{EXPORTS_FOLDER}/`, with the lines that load them."
-        )
+        table = f"{markdown(report)}\nWhat is published lies in `{EXPORTS_FOLDER}/`, with the lines that load it."
     if kind == "reranker":
         shutil.copy2(model.path / SERVING_FILE, folder / SERVING_FILE)
         table = None  # it tells of the embedder's forms

@@ -121,6 +121,7 @@ from llama_index.core.postprocessor import SentenceTransformerRerank
 from llama_index.core.schema import NodeWithScore, TextNode
 
 reranker = SentenceTransformerRerank(model={model!r}, top_n=len(passages), trust_remote_code={trust_remote_code})
+reranker._model.max_length = {max_length}  # it sets 512, whatever the model says
 nodes = reranker.postprocess_nodes([NodeWithScore(node=TextNode(text=text)) for text in passages], query_str=query)
 """,
     }
