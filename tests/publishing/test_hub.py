@@ -80,7 +80,7 @@ def test_files_of_another_model_go_and_what_people_added_stays(in_force: Pipelin
 
 def test_a_public_repository_is_refused_where_a_private_one_is_asked_for(in_force: Pipeline, hub: LocalHub) -> None:
     hub.create(EMBEDDER, private=False)
-    with pytest.raises(HubError, match="is public, but hub.private asks for a private one: nothing was uploaded"):
+    with pytest.raises(HubError, match=r"is public, but hub\.private asks for a private one: nothing was uploaded"):
         make_hub(in_force)
     assert not hub.files(EMBEDDER)
     assert not in_force.store.has_current("hub")
