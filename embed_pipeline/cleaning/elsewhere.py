@@ -6,7 +6,6 @@ where a source before it holds its texts out, a dev or test row where a source b
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -33,11 +32,11 @@ _EXAMPLES = "SELECT split, sentence1 AS first, sentence2 AS second, NULL::VARCHA
 
 @dataclass(frozen=True)
 class CleanedSource:
-    """The cleaned tables of one source, and what of it stands in one split only."""
+    """What `collect` found in the cleaned tables of a source, and what of it stands in one split only."""
 
     name: str
-    folder: Path
-    apart: Apart = "texts"
+    texts: Path
+    apart: Apart
 
 
 def reject_elsewhere(connection: duckdb.DuckDBPyConnection, before: Sequence[CleanedSource]) -> None:
@@ -64,7 +63,7 @@ def reject_shared(connection: duckdb.DuckDBPyConnection, before: Sequence[Cleane
 
     What is held out decides whether a shared text is too much, or only a shared pair: `apart` is this source's.
     """
-    _collect(connection, before)
+    _view(connection, before)
     for reason, mine, theirs, level in (
         (reasons.HELD_OUT_ELSEWHERE, "o.split = 'train'", "e.split <> 'train'", "e.apart"),
         (reasons.TRAINED_ON_ELSEWHERE, "o.split <> 'train'", "e.split = 'train'", f"'{apart}'"),
@@ -81,9 +80,8 @@ def reject_shared(connection: duckdb.DuckDBPyConnection, before: Sequence[Cleane
 def verify_apart(sources: Sequence[CleanedSource]) -> list[str]:
     """What one of the sources holds out and another trains on, a sentence each pair of sources; empty if nothing is."""
     found = []
-    with tempfile.TemporaryDirectory(prefix="verify-") as work, duckdb.connect(f"{work}/work.duckdb") as connection:
-        create_macros(connection)
-        _collect(connection, sources)
+    with duckdb.connect() as connection:
+        _view(connection, sources)
         for one, other in combinations(sources, 2):
             for held, trained in ((one, other), (other, one)):
                 shared = connection.execute(
@@ -100,30 +98,34 @@ def verify_apart(sources: Sequence[CleanedSource]) -> list[str]:
     return found
 
 
-def _collect(connection: duckdb.DuckDBPyConnection, sources: Sequence[CleanedSource]) -> None:
-    """Table `elsewhere`: source, apart, split, what (texts, pairs), key, shown (the first text, cut)."""
-    connection.execute(
-        """CREATE TABLE elsewhere
-           (source VARCHAR, apart VARCHAR, split VARCHAR, what VARCHAR, key VARCHAR, shown VARCHAR)"""
-    )
-    for source in sources:
-        files = {"examples": EXAMPLES_FILE}
-        if not (source.folder / EXAMPLES_FILE).is_file():
-            files = {"queries": QUERIES_FILE, "passages": PASSAGES_FILE, "qrels": QRELS_FILE}
-        rows = _EXAMPLES if "examples" in files else _RETRIEVAL
+def collect(name: str, folder: Path, apart: Apart, work: Path) -> CleanedSource:
+    """Read the cleaned tables of a source once, and keep what others are compared with in a file of `work`."""
+    files = {"examples": EXAMPLES_FILE}
+    if not (folder / EXAMPLES_FILE).is_file():
+        files = {"queries": QUERIES_FILE, "passages": PASSAGES_FILE, "qrels": QRELS_FILE}
+    texts = work / f"{name}.parquet"
+    with duckdb.connect() as connection:
+        create_macros(connection)
         connection.execute(
-            f"""INSERT INTO elsewhere
-                WITH rows AS ({rows}), told AS (
-                    SELECT split, 'texts' AS what, unnest(text_keys(folded(told))) AS key, first FROM (
-                        SELECT *, unnest(list_distinct([first, second, passage_text(title, second)])) AS told FROM rows)
-                    UNION ALL SELECT split, 'pairs', unnest(pair_keys(folded(first), folded(second))), first
-                    FROM rows WHERE second IS NOT NULL
-                )
-                SELECT $source, $apart, split, what, key, min(left(first, {SHOWN_CHARACTERS})) FROM told
-                WHERE key IS NOT NULL GROUP BY ALL""",
-            {
-                "source": source.name,
-                "apart": source.apart,
-                **{key: str(source.folder / name) for key, name in files.items()},
-            },
+            f"""CREATE TABLE told AS
+                WITH rows AS ({_EXAMPLES if "examples" in files else _RETRIEVAL})
+                SELECT split, 'texts' AS what, unnest(text_keys(folded(told))) AS key, first FROM (
+                    SELECT *, unnest(list_distinct([first, second, passage_text(title, second)])) AS told FROM rows)
+                UNION ALL SELECT split, 'pairs', unnest(pair_keys(folded(first), folded(second))), first
+                FROM rows WHERE second IS NOT NULL""",
+            {key: str(folder / name) for key, name in files.items()},
         )
+        connection.sql(
+            f"SELECT split, what, key, min(left(first, {SHOWN_CHARACTERS})) AS shown FROM told GROUP BY ALL"
+        ).write_parquet(str(texts))
+    return CleanedSource(name, texts, apart)
+
+
+def _view(connection: duckdb.DuckDBPyConnection, sources: Sequence[CleanedSource]) -> None:
+    """View `elsewhere`: source, apart, split, what (texts, pairs), key, shown (the first text, cut)."""
+    parts = [
+        f"SELECT '{source.name}' AS source, '{source.apart}' AS apart, * FROM read_parquet('{quoted}')"
+        for source in sources
+        for quoted in [str(source.texts).replace("'", "''")]
+    ]
+    connection.execute(f"CREATE TEMP VIEW elsewhere AS {' UNION ALL '.join(parts)}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from embed_pipeline.cleaning.clean import CleaningReport, clean
-from embed_pipeline.cleaning.elsewhere import Apart, CleanedSource, verify_apart
+from embed_pipeline.cleaning.elsewhere import Apart, CleanedSource, collect, verify_apart
 from embed_pipeline.cleaning.examples import ExamplesReport, clean_examples
 from embed_pipeline.cleaning.verify import verify, verify_examples
 from embed_pipeline.errors import ArtifactError
@@ -24,16 +25,19 @@ def clean_sources(
     """Clean the raw rows of every source, in their order; raises CleaningError where one cannot be."""
     reports: Reports = {}
     before: list[CleanedSource] = []
-    for source in sources:
-        rows, folder = source_folder(raw, source.extra_name), source_folder(out, source.extra_name)
-        folder.mkdir(parents=True, exist_ok=True)
-        report: CleaningReport | ExamplesReport
-        if source.is_retrieval:
-            report = clean(rows / RAW_FILE, settings, seed, folder, before=before)
-        else:
-            report = clean_examples(rows / RAW_EXAMPLES_FILE, source, settings, seed, folder, before=before)
-        reports[source.extra_name] = report
-        before.append(_cleaned(source, folder, report))
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".sources-") as work:
+        for source in sources:
+            rows, folder = source_folder(raw, source.extra_name), source_folder(out, source.extra_name)
+            folder.mkdir(parents=True, exist_ok=True)
+            report: CleaningReport | ExamplesReport
+            if source.is_retrieval:
+                report = clean(rows / RAW_FILE, settings, seed, folder, before=before)
+            else:
+                report = clean_examples(rows / RAW_EXAMPLES_FILE, source, settings, seed, folder, before=before)
+            reports[source.extra_name] = report
+            if len(reports) < len(sources):
+                before.append(_collected(source, out, report, Path(work)))
     return reports
 
 
@@ -52,9 +56,10 @@ def verify_sources(raw: Path, cleaned: Path, sources: Sequence[SourceSettings], 
 
 def verify_sources_apart(cleaned: Path, sources: Sequence[SourceSettings], reports: Reports) -> list[str]:
     """What one source holds out for dev or test and another trains on, a sentence each pair of sources."""
-    return verify_apart(
-        [_cleaned(source, source_folder(cleaned, source.extra_name), reports[source.extra_name]) for source in sources]
-    )
+    if len(sources) < 2:
+        return []
+    with tempfile.TemporaryDirectory(prefix="verify-") as work:
+        return verify_apart([_collected(one, cleaned, reports[one.extra_name], Path(work)) for one in sources])
 
 
 def told(reports: Reports) -> dict[str, Any]:
@@ -78,8 +83,11 @@ def read_reports(report: dict[str, Any], sources: Sequence[SourceSettings]) -> R
     }
 
 
-def _cleaned(source: SourceSettings, folder: Path, report: CleaningReport | ExamplesReport) -> CleanedSource:
-    return CleanedSource(source.extra_name or "the own source", folder, _apart(report))
+def _collected(
+    source: SourceSettings, cleaned: Path, report: CleaningReport | ExamplesReport, work: Path
+) -> CleanedSource:
+    folder = source_folder(cleaned, source.extra_name)
+    return collect(source.extra_name or "the own source", folder, _apart(report), work)
 
 
 def _apart(report: CleaningReport | ExamplesReport) -> Apart:

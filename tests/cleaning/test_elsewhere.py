@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embed_pipeline.cleaning.elsewhere import CleanedSource, verify_apart
-from embed_pipeline.cleaning.sources import Reports, clean_sources, read_reports, told, verify_sources
+from embed_pipeline.cleaning.sources import (
+    Reports,
+    clean_sources,
+    read_reports,
+    told,
+    verify_sources,
+    verify_sources_apart,
+)
 from embed_pipeline.errors import ArtifactError
 from embed_pipeline.settings import CleaningSettings, ExtraSourceSettings, ModelSource, SourceSettings
 from embed_pipeline.tables import (
@@ -51,17 +57,8 @@ def cleaned(folder: Path, *sources: tuple[SourceSettings, Rows]) -> Reports:
     settings = [one for one, _ in sources]
     reports = clean_sources(raw, settings, CLEANING, 42, out)
     assert verify_sources(raw, out, settings, reports) == []
-    assert verify_apart(apart(out, settings, reports)) == []
+    assert verify_sources_apart(out, settings, reports) == []
     return reports
-
-
-def apart(out: Path, sources: Sequence[SourceSettings], reports: Reports) -> list[CleanedSource]:
-    return [
-        CleanedSource(
-            s.extra_name or "own", source_folder(out, s.extra_name), getattr(reports[s.extra_name], "apart", "texts")
-        )
-        for s in sources
-    ]
 
 
 def rejected(folder: Path, name: str, file: str = REJECTED_FILE) -> dict[int, tuple[str, str]]:
@@ -173,8 +170,8 @@ def test_a_leak_between_sources_is_seen(tmp_path: Path) -> None:
     train = rows["split"].to_pylist().index("train")
     changed = [{**row, "query": TEST_QUERY} if i == train else row for i, row in enumerate(rows.to_pylist())]
     pq.write_table(pa.Table.from_pylist(changed, schema=rows.schema), path)
-    (sentence,) = verify_apart(apart(tmp_path / "cleaned", sources, reports))
-    assert sentence == f'more trains on what own holds out: 1 time(s), e.g. "{TEST_QUERY}"'
+    (sentence,) = verify_sources_apart(tmp_path / "cleaned", sources, reports)
+    assert sentence == f'more trains on what the own source holds out: 1 time(s), e.g. "{TEST_QUERY}"'
 
 
 def test_reports_are_kept_by_source(tmp_path: Path) -> None:

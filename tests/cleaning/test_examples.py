@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embed_pipeline.cleaning.elsewhere import CleanedSource
 from embed_pipeline.cleaning.examples import ExamplesReport, clean_examples
 from embed_pipeline.cleaning.verify import verify_examples
 from embed_pipeline.errors import CleaningError
@@ -43,9 +42,7 @@ class Cleaned:
         return {row["split"] for row in self.examples if text in (row["sentence1"], row["sentence2"])}
 
 
-def cleaned(
-    rows: Iterable[Row], kind: str = "scored", before: Iterable[CleanedSource] = (), cleaning: Any = None, **told: Any
-) -> Cleaned:
+def cleaned(rows: Iterable[Row], kind: str = "scored", cleaning: Any = None, **told: Any) -> Cleaned:
     full = [
         {**dict.fromkeys(RAW_EXAMPLES.names), "source": "a.parquet", "row_number": number, **row}
         for number, row in enumerate(rows)
@@ -56,7 +53,7 @@ def cleaned(
         out.mkdir()
         write(pa.Table.from_pylist(full, schema=RAW_EXAMPLES), RAW_EXAMPLES, raw)
         told_cleaning = CleaningSettings.model_validate(cleaning or {})
-        report = clean_examples(raw, settings, told_cleaning, 42, out, before=[*before])
+        report = clean_examples(raw, settings, told_cleaning, 42, out)
         examples = pq.read_table(out / EXAMPLES_FILE)
         rejected = pq.read_table(out / REJECTED_EXAMPLES_FILE).to_pylist()
         assert report.raw_rows == len(full) == report.kept_rows + len(rejected)
