@@ -210,7 +210,7 @@ def _compared(
     without: Collection[str],
 ) -> dict[str, Comparison]:
     if isinstance(values, Similarities):
-        rows = compare_similarities(values, [system], against, evaluation, seed, without=without)
+        rows = compare_similarities(values, [system], against, evaluation, seed, without=without, metrics=["spearman"])
     else:
         rows = compare(values, [system], against, evaluation, seed, without=without)
     return {row.metric: row for row in rows}

@@ -105,8 +105,9 @@ def compare_similarities(
     seed: int,
     *,
     without: Collection[str] = (),
+    metrics: Sequence[Method] = METRICS,
 ) -> list[Comparison]:
-    """Both correlations of `systems`, with the gain over `baseline` on the same pairs; those in `without` left out.
+    """The correlations of `systems`, with the gain over `baseline` on the same pairs; those in `without` left out.
 
     A system has no row where fewer than two pairs, or pairs of one score only, are left.
     """
@@ -120,7 +121,7 @@ def compare_similarities(
     samples = settings.bootstrap_samples
     for system in systems:
         after = similarities.by_system[system][kept]
-        for metric in METRICS:
+        for metric in metrics:
             correlate = spearman if metric == "spearman" else pearson
             value = correlate(after, expected)
             gain = value - correlate(before, expected)

@@ -42,9 +42,15 @@ class Workshop:
     trusted: bool = False
 
     def candidate(
-        self, seed: int, *, outcome: str = "promote", reference: str | None = None, merged: bool = False
+        self,
+        seed: int,
+        *,
+        outcome: str = "promote",
+        reference: str | None = None,
+        merged: bool = False,
+        alone: bool = False,
     ) -> Candidate:
-        """One whose weights, and so whose versions, depend on the seed."""
+        """One whose weights, and so whose versions, depend on the seed; `alone`: without a reranker."""
         recipe = partial(Recipe, settings={}, seed=seed, code_version="1")
         produce = partial(self.store.produce, content=None)
         cleaned = self.store.produce(
@@ -67,21 +73,23 @@ class Workshop:
                 [cleaned, embedder],
                 partial(_merge, embedder),
             ).artifact
-        reranker = produce(
-            "reranker",
-            recipe(inputs={embedder.manifest.asset: embedder.content}),
-            [cleaned, embedder],
-            lambda out: self._train(out, RerankerJob, RerankerSettings, self.reranker, seed),
-        ).artifact
+        reranker = None
+        if not alone:
+            reranker = produce(
+                "reranker",
+                recipe(inputs={embedder.manifest.asset: embedder.content}),
+                [cleaned, embedder],
+                lambda out: self._train(out, RerankerJob, RerankerSettings, self.reranker, seed),
+            ).artifact
         evaluation = produce(
             "evaluation",
             Recipe(
                 inputs={embedder.manifest.asset: embedder.content, "champion": str(reference)},
-                settings={"outcome": outcome},
+                settings={"outcome": outcome, "alone": alone},
                 seed=seed,
                 code_version="1",
             ),
-            [cleaned, embedder, reranker],
+            [cleaned, embedder, *([reranker] if reranker else [])],
             lambda out: self._evaluate(out, cleaned, embedder, reranker, outcome, reference),
         ).artifact
         return Candidate(embedder, reranker, evaluation)
@@ -92,9 +100,9 @@ class Workshop:
         champion = read_history(self.store).champion
         return champion.key if champion else None
 
-    def next(self, seed: int, *, outcome: str = "promote") -> Candidate:
+    def next(self, seed: int, *, outcome: str = "promote", alone: bool = False) -> Candidate:
         """One that was compared with who serves now."""
-        return self.candidate(seed, outcome=outcome, reference=self.serving)
+        return self.candidate(seed, outcome=outcome, reference=self.serving, alone=alone)
 
     def tracked(self) -> AbstractContextManager[TrackedRun | None]:
         return tracked_run(TrackingSettings(system_metrics=False), self.store.pipeline, "champion", None)
@@ -134,12 +142,18 @@ class Workshop:
         return Made({}, RunIds(dagster="a-dagster-run", mlflow="a-training-run"))
 
     def _evaluate(
-        self, out: Path, cleaned: Artifact, embedder: Artifact, reranker: Artifact, outcome: str, reference: str | None
+        self,
+        out: Path,
+        cleaned: Artifact,
+        embedder: Artifact,
+        reranker: Artifact | None,
+        outcome: str,
+        reference: str | None,
     ) -> Made:
         write_parity(
             load_collection(cleaned.path, ("test",)),
             embedder.path / MODEL_FOLDER,
-            reranker.path / MODEL_FOLDER,
+            reranker.path / MODEL_FOLDER if reranker else None,
             out,
             trust_embedder_code=self.trusted,
             trust_reranker_code=self.trusted,
