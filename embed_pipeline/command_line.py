@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_in, store_root
-from embed_pipeline.champions import Promotion, models_of, read_history
+from embed_pipeline.champions import Champion, Promotion, models_of, read_history
 from embed_pipeline.errors import UserError
 from embed_pipeline.tables import source_folder
 from embed_pipeline.training.job import MODEL_FOLDER
@@ -110,6 +110,8 @@ def champion(pipeline: str, verify: bool, settle: bool) -> None:
         click.echo(f"{'verdict':<15} {serving.verdict}")
         if (before := history.previous) is not None:
             click.echo(f"{'before':<15} {before.title}")
+        for line in _on_the_hub(store, serving):
+            click.echo(line)
         click.echo(f"\n{load_lines(store, serving)}\n")
         if verify:
             difference = promotion.check_loads(store, serving)
@@ -239,6 +241,19 @@ def _store(pipeline: str) -> PipelineStore:
             "Set DAGSTER_HOME or EMBED_PIPELINE_STORE if yours lie elsewhere"
         )
     return PipelineStore(store_root(), pipeline)
+
+
+def _on_the_hub(store: PipelineStore, serving: Champion) -> list[str]:
+    """Where the last push lies, and whether it is of who serves."""
+    if not store.has_current("hub"):
+        return []
+    from embed_pipeline.publishing.pushing import PushReport
+
+    last = store.current("hub")
+    same = all(last.manifest.inputs.get(asset) == version for asset, version in serving.models)
+    old = "" if same else ", an earlier champion: materialize hub"
+    pushed = PushReport.model_validate(last.report).pushed
+    return [f"{'on the Hub':<15} {kind} {at.url}, {_minute(at.at)}{old}" for kind, at in pushed.items()]
 
 
 def _minute(at: str) -> str:

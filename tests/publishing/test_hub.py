@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from embed_pipeline.champions import read_history
+from embed_pipeline.command_line import main
 from embed_pipeline.errors import ArtifactError, HubError
 from embed_pipeline.publishing.pushing import PushReport
 from embed_pipeline.stages import Pipeline, make_hub
@@ -61,7 +63,11 @@ def test_an_unchanged_champion_is_not_pushed_again_and_a_rolled_back_one_is(
 
     weights = hub.files(EMBEDDER)["model.safetensors"].read_bytes()
     roll_back(in_service.store, reason="a test")
+    told = CliRunner().invoke(main, ["champion", "support"]).output
+    assert f"embedder {hub.address}/{EMBEDDER}/tree/" in told
+    assert "an earlier champion: materialize hub" in told
     make_hub(in_force)
+    assert "an earlier champion" not in CliRunner().invoke(main, ["champion", "support"]).output
     assert hub.files(EMBEDDER)["model.safetensors"].read_bytes() != weights
     roll_back(in_service.store, to=first.artifact.manifest.inputs["embedder"], reason="a test")
     back = make_hub(in_force)
