@@ -735,9 +735,7 @@ def _champion_models(pipeline: Pipeline, champion: Champion, cleaned: Artifact) 
     try:
         embedder, *rerankers = models_of(store, champion)
         trained_on = store.get("cleaned_pairs", champion.cleaned_pairs)
-        negatives = [
-            store.get("hard_negatives", version) for version in store.lineage(embedder).get("hard_negatives", ())
-        ]
+        negatives = negatives_of(pipeline, embedder)
         for artifact in (embedder, *rerankers):
             artifact.verify()
     except ArtifactError as error:
@@ -747,7 +745,7 @@ def _champion_models(pipeline: Pipeline, champion: Champion, cleaned: Artifact) 
             f"`embed-pipeline rollback {store.pipeline}`, or take it out of service with `embed-pipeline retire "
             f"{store.pipeline}`"
         ) from error
-    mined = [artifact.path for artifact in (*negatives, *rerankers)]
+    mined = [artifact.path for artifact in (negatives, *rerankers) if artifact is not None]
     return ChampionModels(
         title=champion.title,
         embedder=embedder.path / MODEL_FOLDER,
