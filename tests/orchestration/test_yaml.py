@@ -18,7 +18,7 @@ PAIRS = {"name": "alike", "kind": "scored", "path": "gone.parquet"}
 
 # what is changed in a right YAML (dots reach into nested keys) -> what the message must say, besides the file
 BAD = [
-    ({"embedder.lerning_rate": 1}, "unknown key 'lerning_rate'. Did you mean 'learning_rate'? Allowed here: base_"),
+    ({"embedder.lerning_rate": 1}, "unknown key 'lerning_rate'. Did you mean 'learning_rate'? Allowed here: arguments, base_"),
     ({"minning": {}}, "unknown key 'minning'. Did you mean 'mining'?"),
     ({"embedder.epochs": "many"}, "attributes.embedder.epochs at"),
     ({"embedder.epochs": 0}, "Input should be greater than 0"),
@@ -31,12 +31,14 @@ BAD = [
     ({"embedder.base_model": {"package": "no_such_package"}}, "'no_such_package' that carries the base model is not"),
     ({"embedder.base_model.sha256": "abc"}, "sha256 must be 64 hexadecimal digits; found 'abc'"),
     ({"reranker.base_model": "the embedder"}, "Input should be 'embedder'"),
-    ({"reranker.loss": "CosineLoss"}, "Input should be 'BinaryCrossEntropyLoss'"),
-    ({"source.kind": "csv"}, "Input should be 'pairs', 'triplets' or 'beir'"),
+    ({"reranker.loss": "CosineLoss"}, "no loss is called 'CosineLoss'."),
+    ({"source.kind": "csv"}, "Input should be 'pairs', 'triplets', 'beir', 'flag-embedding', 'scored', 'labelled'"),
     ({"source": {"kind": "beir", "queries": "q.parquet"}}, "a source of kind 'beir' needs `corpus`"),
     ({"source.qrels": "q.parquet"}, "`qrels` does not belong to a source of kind 'pairs'"),
     ({"source.path": "nothing/*.parquet"}, "source.path: no file matches"),
     ({"source.columns": {"positive": "answer"}}, "`columns.positive` means nothing to a source of kind 'pairs'"),
+    ({"source": {"kind": "labelled", "path": "a"}}, "a labelled data set goes under `extra_sources`"),
+    ({"extra_sources": [{"name": "more", "path": "gone.parquet"}]}, "extra_sources.more.path: no such file or folder"),
     ({"source.script": "build.py"}, "`script` and `script_output` go together"),
     ({"cleaning": {"split": {"dev": 0.5, "test": 0.5}}}, "dev + test must leave rows for train; found 0.5 + 0.5"),
     ({"mining.range_min": 20}, "range_min (20) must be below top_k (20)"),
