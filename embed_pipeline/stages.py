@@ -73,7 +73,7 @@ CODE_VERSIONS = {
     "cleaned_pairs": "3",
     "hard_negatives": "2",
     "embedder": "1",
-    "merged_embedder": "1",
+    "merged_embedder": "2",
     "reranker": "1",
     "evaluation": "3",
     "champion": "1",
@@ -310,7 +310,7 @@ def make_merged_embedder(pipeline: Pipeline) -> Produced:
     }
 
     def make(out: Path) -> Made:
-        from embed_pipeline.merging.merge import Ancestry, merge
+        from embed_pipeline.merging.merge import Ancestry, DevPairs, merge
         from embed_pipeline.training.dev_set import EmbedderDevSet
         from embed_pipeline.training.job import EmbedderJob
 
@@ -318,7 +318,8 @@ def make_merged_embedder(pipeline: Pipeline) -> Produced:
         with pipeline.tracked("merged_embedder") as tracked, _watched(tracked):
             report = merge(
                 Ancestry(base, settings.embedder.encoding, embedder.path / MODEL_FOLDER, trust),
-                EmbedderDevSet.read(job),  # the questions by which the training chose its best weights
+                # What the training chose its best weights by.
+                EmbedderDevSet.read(job) if settings.source.is_retrieval else DevPairs.read(job),
                 _load_guards(pipeline),
                 settings.forgetting,
                 out,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from embed_pipeline.evaluation.evaluators import EmbedderEvaluators, MeasuredSource, embedder_evaluators
 from embed_pipeline.evaluation.guard_sets import GuardScore, GuardSet
 from embed_pipeline.merging.plot import trade_off_curve
 from embed_pipeline.merging.trade_off import (
@@ -36,7 +37,7 @@ from embed_pipeline.models.interpolate import interpolate, save_as_trained
 from embed_pipeline.models.source import weights_digest
 from embed_pipeline.settings import EncodingSettings, ForgettingSettings, Precision
 from embed_pipeline.training.dev_set import EmbedderDevSet
-from embed_pipeline.training.job import MODEL_FOLDER
+from embed_pipeline.training.job import MODEL_FOLDER, EmbedderJob
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Ancestry:
 
 def merge(
     models: Ancestry,
-    dev: EmbedderDevSet | None,
+    dev: EmbedderDevSet | DevPairs | None,
     guards: Sequence[GuardSet],
     settings: ForgettingSettings,
     out: Path,
@@ -74,9 +75,10 @@ def merge(
     bench = _Bench(models, dev, guards, encode_precision, cache_folder)
     base_scores, base_dev = bench.measure(models.base, models.base_encoding)
     scores, fine_tuned_dev = bench.measure(models.fine_tuned)
+    metric = dev.metric if isinstance(dev, DevPairs) else "ndcg_at_10"
     tried = [
-        figures_of(0.0, base_dev, guards, base_scores, base_scores),
-        figures_of(1.0, fine_tuned_dev, guards, scores, base_scores),
+        figures_of(0.0, base_dev, guards, base_scores, base_scores, metric),
+        figures_of(1.0, fine_tuned_dev, guards, scores, base_scores, metric),
     ]
     # In the folder that is being made: it is on the disk where models are kept, and it is cleared with it.
     with tempfile.TemporaryDirectory(dir=out, prefix=".base-") as scratch:
@@ -86,7 +88,9 @@ def merge(
             )
             tried += _sweep(bench, Path(scratch), settings, base_scores)
         infos = [info_of(guard, scores[guard.settings.name]) for guard in guards]
-        report = decide(tried, infos, settings, len(dev.queries) if dev else 0)
+        report = decide(
+            tried, infos, settings, dev.size if isinstance(dev, DevPairs) else len(dev.queries) if dev else 0
+        )
         if report.outcome == "merged":
             interpolate(Path(scratch) / "base", models.fine_tuned, report.coefficient, out / MODEL_FOLDER)
         else:
@@ -101,11 +105,36 @@ def merge(
 
 
 @dataclass(frozen=True)
+class DevPairs:
+    """The dev pairs of a scored source."""
+
+    source: str
+    evaluators: EmbedderEvaluators
+    metric = "spearman"
+
+    @classmethod
+    def read(cls, job: EmbedderJob) -> DevPairs | None:
+        """Those by which the training chose its best weights; None where it had none."""
+        source = MeasuredSource(job.source_name, job.source_kind, job.cleaned_pairs)
+        most = job.settings.dev_queries
+        found = embedder_evaluators([source], "dev", seed=job.seed, max_queries=most, max_passages=None)
+        return cls(job.source_name, found) if found is not None else None
+
+    @property
+    def size(self) -> int:
+        expected = self.evaluators.parts[0].expected
+        return 0 if expected is None else len(expected)
+
+    def spearman(self, embedder: Embedder) -> float:
+        return self.evaluators.measure(embedder)[f"{self.source}/{self.metric}"].value
+
+
+@dataclass(frozen=True)
 class _Bench:
     """What every model between the two is measured by; one model is in memory at a time."""
 
     models: Ancestry
-    dev: EmbedderDevSet | None
+    dev: EmbedderDevSet | DevPairs | None
     guards: Sequence[GuardSet]
     precision: Precision
     cache_folder: Path | None
@@ -113,7 +142,7 @@ class _Bench:
     def measure(
         self, folder: Path, encoding: EncodingSettings | None = None
     ) -> tuple[dict[str, GuardScore], float | None]:
-        """Score by guard, on the choosing halves, and dev nDCG@10."""
+        """Score by guard, on the choosing halves, and the figure on dev."""
         embedder = Embedder(
             folder,
             encoding,
@@ -122,6 +151,8 @@ class _Bench:
             cache_folder=self.cache_folder,
         )
         scores = {guard.settings.name: guard.measure(embedder, "choosing") for guard in self.guards}
+        if isinstance(self.dev, DevPairs):
+            return scores, self.dev.spearman(embedder)
         return scores, self.dev.ndcg_at_10(embedder) if self.dev else None
 
 
@@ -134,7 +165,8 @@ def _sweep(
         interpolate(scratch / "base", bench.models.fine_tuned, coefficient, merged)
         scores, dev = bench.measure(merged)
         shutil.rmtree(merged)
-        tried.append(figures_of(coefficient, dev, bench.guards, scores, base_scores))
+        metric = bench.dev.metric if isinstance(bench.dev, DevPairs) else "ndcg_at_10"
+        tried.append(figures_of(coefficient, dev, bench.guards, scores, base_scores, metric))
         logger.info("coefficient %s: %s", coefficient, tried[-1].model_dump_json())
     return tried
 

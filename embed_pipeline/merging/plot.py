@@ -15,20 +15,21 @@ _GUARDS = ("#d9822b", "#2a9d5c", "#8e5bc0", "#c2413a", "#4a9fb0")
 
 
 def trade_off_curve(report: MergingReport) -> str:
-    """An SVG on a white ground: dev nDCG@10 (left), each guard's change and the loss it may have (right).
+    """An SVG on a white ground: the figure on dev (left), each guard's change and the loss it may have (right).
 
     Vertical lines stand at the coefficient that goes on, and at the remedy where that is another.
     """
     figure = Figure(figsize=(9.0, 3.2), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
     shares = [one.coefficient for one in report.tried]
-    dev = [(one.coefficient, one.dev_ndcg_at_10) for one in report.tried if one.dev_ndcg_at_10 is not None]
+    dev = [(one.coefficient, one.dev) for one in report.tried if one.dev is not None]
+    items = "pairs" if report.tried[0].dev_metric == "spearman" else "questions"
     if dev:
         left.plot(*zip(*dev, strict=True), color=_DEV, marker="o", markersize=5)
     for share, label in _marks(report).items():
         place = left.get_xaxis_transform()
         left.text(share - 0.008, 0.03, label, transform=place, rotation=90, fontsize=8.5, color=_INK, ha="right")
-    left.set_title(f"domain: dev nDCG@10 ({report.dev_queries:,} questions)", fontsize=10.5, loc="left")
+    left.set_title(f"domain: {report.dev_label} ({report.dev_queries:,} {items})", fontsize=10.5, loc="left")
     for guard, colour in zip(report.guards, cycle(_GUARDS), strict=False):
         changes = [one.guards[guard.name].change for one in report.tried]
         label = f"{guard.name} ({guard.metric}, {guard.items:,})"

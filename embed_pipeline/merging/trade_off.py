@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from embed_pipeline.evaluation.guard_sets import METRIC_LABELS, Figure, GuardScore, GuardSet, loses_too_much
-from embed_pipeline.evaluation.verdict import signed
+from embed_pipeline.evaluation.verdict import METRIC_NAMES, signed
 from embed_pipeline.settings import ForgettingSettings
 
 # What stands beside the model; `merge` says what each holds.
@@ -43,7 +43,8 @@ class Tried(_Part):
     """One coefficient: the share of the fine-tuned weights; 0 is the base, 1 the fine-tuned model."""
 
     coefficient: float
-    dev_ndcg_at_10: Figure | None  # None: no dev split
+    dev: Figure | None  # by `dev_metric`; None: no dev split
+    dev_metric: str = "ndcg_at_10"
     guards: dict[str, GuardFigure]
 
     @property
@@ -53,7 +54,7 @@ class Tried(_Part):
     @property
     def metrics(self) -> dict[str, float]:
         """For MLflow."""
-        dev = {} if self.dev_ndcg_at_10 is None else {"dev_ndcg_at_10": self.dev_ndcg_at_10}
+        dev = {} if self.dev is None else {f"dev_{self.dev_metric}": self.dev}
         guards = {f"guard/{name}": figure.value for name, figure in self.guards.items()}
         return {"coefficient": self.coefficient, **dev, **guards}
 
@@ -63,11 +64,16 @@ class MergingReport(_Part):
 
     outcome: Outcome  # kept: nothing was lost; offered: something was, and goes on as it is; merged: by `coefficient`
     coefficient: float  # of the model that goes on
-    remedy: float | None  # the coefficient with the best dev nDCG@10 among those that lose nothing, 0 and 1 aside
+    remedy: float | None  # the coefficient with the best dev figure among those that lose nothing, 0 and 1 aside
     sentence: str
     dev_queries: int
     guards: list[GuardInfo]
     tried: list[Tried]  # by coefficient
+
+    @property
+    def dev_label(self) -> str:
+        """dev nDCG@10"""
+        return f"dev {METRIC_NAMES[self.tried[0].dev_metric]}"
 
     @property
     def taken(self) -> Tried:
@@ -77,10 +83,11 @@ class MergingReport(_Part):
 
 def figures_of(
     coefficient: float,
-    dev_ndcg_at_10: float | None,
+    dev: float | None,
     guards: Sequence[GuardSet],
     scores: Mapping[str, GuardScore],
     base: Mapping[str, GuardScore],
+    dev_metric: str = "ndcg_at_10",
 ) -> Tried:
     """One line of the trade-off; `scores` and `base` are those of the choosing halves, by the guard's name."""
     figures = {}
@@ -89,7 +96,7 @@ def figures_of(
         figures[guard.settings.name] = GuardFigure(
             value=own.value, change=own.value - of_base.value, lost=loses_too_much(guard.settings, of_base, own)
         )
-    return Tried(coefficient=coefficient, dev_ndcg_at_10=dev_ndcg_at_10, guards=figures)
+    return Tried(coefficient=coefficient, dev=dev, guards=figures, dev_metric=dev_metric)
 
 
 def info_of(guard: GuardSet, score: GuardScore) -> GuardInfo:
@@ -134,7 +141,7 @@ def decide(
 
 def trade_off_table(report: MergingReport) -> tuple[list[str], list[list[str]]]:
     """Header and rows: one coefficient a row, what goes on and what would be the remedy marked."""
-    header = ["fine-tuned weights", "dev nDCG@10", *(f"{guard.name} {guard.metric}" for guard in report.guards), ""]
+    header = ["fine-tuned weights", report.dev_label, *(f"{guard.name} {guard.metric}" for guard in report.guards), ""]
     rows = []
     for one in report.tried:
         notes = [] if one.allowed else ["loses too much"]
@@ -147,7 +154,7 @@ def trade_off_table(report: MergingReport) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 _percent(one.coefficient) + title,
-                "-" if one.dev_ndcg_at_10 is None else f"{one.dev_ndcg_at_10:.4f}",
+                "-" if one.dev is None else f"{one.dev:.4f}",
                 *(f"{figure.value:.4f} ({signed(figure.change)})" for figure in figures),
                 ", ".join(notes),
             ]
@@ -156,8 +163,8 @@ def trade_off_table(report: MergingReport) -> tuple[list[str], list[list[str]]]:
 
 
 def _best(among: Sequence[Tried]) -> Tried | None:
-    """By dev nDCG@10; where there is none or it is equal, the one with more of what was learned."""
-    return max(among, key=lambda one: (_number(one.dev_ndcg_at_10), one.coefficient), default=None)
+    """By the dev figure; where there is none or it is equal, the one with more of what was learned."""
+    return max(among, key=lambda one: (_number(one.dev), one.coefficient), default=None)
 
 
 def _nearest(among: Sequence[Tried], guards: Sequence[GuardInfo]) -> Tried:
@@ -167,7 +174,7 @@ def _nearest(among: Sequence[Tried], guards: Sequence[GuardInfo]) -> Tried:
         over = [-one.guards[guard.name].change - guard.max_loss for guard in guards]
         return max(math.inf if math.isnan(by) else by for by in over)
 
-    return min(among, key=lambda one: (excess(one), -_number(one.dev_ndcg_at_10)))
+    return min(among, key=lambda one: (excess(one), -_number(one.dev)))
 
 
 def _of_remedy(remedy: Tried | None, base: Tried, fine_tuned: Tried, between: Sequence[Tried], taken: Tried) -> str:
@@ -181,7 +188,8 @@ def _of_remedy(remedy: Tried | None, base: Tried, fine_tuned: Tried, between: Se
     merged = (
         f"{_percent(remedy.coefficient)} of the fine-tuned weights and {_percent(1 - remedy.coefficient)} of the base's"
     )
-    figures = f"{_dev(remedy, 'dev nDCG@10 ')}{_dev(fine_tuned, ', fine-tuned ')}{_dev(base, ', base ')}"
+    by = f"dev {METRIC_NAMES[remedy.dev_metric]} "
+    figures = f"{_dev(remedy, by)}{_dev(fine_tuned, ', fine-tuned ')}{_dev(base, ', base ')}"
     if taken is fine_tuned:
         return (
             f"Merged as {merged} it would keep within bounds{f' ({figures})' if figures else ''}. The fine-tuned "
@@ -195,7 +203,7 @@ def _guard_sentence(guard: GuardInfo, figure: GuardFigure) -> str:
 
 
 def _dev(one: Tried, before: str) -> str:
-    return "" if one.dev_ndcg_at_10 is None else f"{before}{one.dev_ndcg_at_10:.3f}"
+    return "" if one.dev is None else f"{before}{one.dev:.3f}"
 
 
 def _percent(share: float) -> str:

@@ -157,3 +157,17 @@ def test_a_lost_guard_set_refuses() -> None:
     assert report.outcome == "refuse"
     assert report.reasons == [guard.sentence]
     assert verdict(values, guards=[guard.model_copy(update={"passed": True})]).passed
+
+
+def test_an_embedder_alone_has_to_beat_the_pair_that_serves() -> None:
+    means = {"base_embedder": 0.4, "embedder": 0.55, "champion_embedder": 0.45, "champion_pair": 0.6}
+    report = verdict(values_of(**means))
+    assert report.outcome == "refuse"
+    assert "not shown to be better than the champion (embedder and reranker)" in report.reasons[0]
+    assert "has a reranker and the candidate has none" in report.reasons[1]
+    assert verdict(values_of(**{**means, "embedder": 0.7})).passed
+    # The other way round: a pair has to beat the embedder that serves alone.
+    alone = {"base_embedder": 0.4, "embedder": 0.5, "reranker": 0.6, "champion_embedder": 0.5}
+    assert verdict(values_of(**alone)).passed
+    refused = verdict(values_of(**{**alone, "champion_embedder": 0.65}))
+    assert "the fine-tuned reranker is not shown to be better than the champion's embedder" in refused.reasons[0]

@@ -33,7 +33,7 @@ def tried(coefficient: float, dev: float | None, general: float, alike: float = 
         guard.name: GuardFigure(value=0.6 + change, change=change, lost=not change >= -guard.max_loss)
         for guard, change in zip(GUARDS, (general, alike), strict=True)
     }
-    return Tried(coefficient=coefficient, dev_ndcg_at_10=dev, guards=figures)
+    return Tried(coefficient=coefficient, dev=dev, guards=figures)
 
 
 BASE = tried(0.0, 0.40, 0.0)
@@ -52,7 +52,7 @@ def test_what_loses_nothing_goes_on_as_it_is() -> None:
 def test_offer_names_the_remedy_and_what_it_would_cost_but_takes_it_not() -> None:
     report = decide(SWEEP, GUARDS, OFFER, 300)
     assert (report.outcome, report.coefficient, report.remedy) == ("offered", 1.0, 0.4)
-    assert report.taken.dev_ndcg_at_10 == 0.48
+    assert report.taken.dev == 0.48
     assert "general nDCG@10 0.600 → 0.500, but may lose 0.020" in report.sentence
     assert "alike" not in report.sentence  # it lost nothing
     assert "40\N{NO-BREAK SPACE}% of the fine-tuned weights and 60\N{NO-BREAK SPACE}% of the base's" in report.sentence
@@ -88,7 +88,7 @@ def test_without_a_remedy_auto_takes_the_nearest_and_says_so() -> None:
 
 
 def test_without_dev_questions_more_of_what_was_learned_is_better() -> None:
-    report = decide([one.model_copy(update={"dev_ndcg_at_10": None}) for one in SWEEP], GUARDS, AUTO, 0)
+    report = decide([one.model_copy(update={"dev": None}) for one in SWEEP], GUARDS, AUTO, 0)
     assert report.coefficient == 0.4
     assert "dev" not in report.sentence
     ElementTree.fromstring(trade_off_curve(report))
@@ -132,8 +132,8 @@ def test_whatever_was_measured_the_decision_keeps_its_rules(
     allowed = {one.coefficient: one for one in middle if one.allowed}
     assert (report.remedy is None) == (not allowed)
     if report.remedy is not None:
-        best = allowed[report.remedy].dev_ndcg_at_10
-        others = [one.dev_ndcg_at_10 for one in allowed.values()]
+        best = allowed[report.remedy].dev
+        others = [one.dev for one in allowed.values()]
         known = [value for value in others if value is not None and not math.isnan(value)]
         assert best == max(known) if known else best is None or math.isnan(best)
     if settings is OFFER:
