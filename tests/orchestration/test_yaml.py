@@ -18,7 +18,7 @@ PAIRS = {"name": "alike", "kind": "scored", "path": "gone.parquet"}
 
 # what is changed in a right YAML (dots reach into nested keys) -> what the message must say, besides the file
 BAD = [
-    ({"embedder.lerning_rate": 1}, "unknown key 'lerning_rate'. Did you mean 'learning_rate'? Allowed here: arguments, base_"),
+    ({"embedder.lerning_rate": 1}, "unknown key 'lerning_rate'. Did you mean 'learning_rate'? Allowed here: arguments"),
     ({"minning": {}}, "unknown key 'minning'. Did you mean 'mining'?"),
     ({"embedder.epochs": "many"}, "attributes.embedder.epochs at"),
     ({"embedder.epochs": 0}, "Input should be greater than 0"),
