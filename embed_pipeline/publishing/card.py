@@ -23,6 +23,7 @@ from embed_pipeline.champions import Champion, models_of
 from embed_pipeline.errors import ArtifactError, ConfigurationError
 from embed_pipeline.evaluation.comparison import Comparison
 from embed_pipeline.evaluation.systems import read_serving
+from embed_pipeline.losses import DEFAULT_LOSSES
 from embed_pipeline.models.collection import load_collection
 from embed_pipeline.publishing.snippets import blend_snippet, embedder_notes, embedder_snippets, reranker_snippets
 from embed_pipeline.publishing.tables import markdown_rows, metric_name
@@ -291,7 +292,7 @@ def _data(carded: Carded) -> str:
 def _training(carded: Carded, kind: Kind, model: Artifact, job: dict[str, Any]) -> str:
     told = job["settings"]
     parts = [
-        ("Loss", {key: told[key] for key in _LOSS_KEYS if told.get(key) not in (None, {}, False)}),
+        ("Loss", _loss(job)),
         ("Training arguments", {k: v for k, v in told.items() if k not in _UNTOLD_ARGUMENTS and v not in (None, {})}),
         ("Hard negatives", _mining(carded.store, model)),
         ("Other sources", {e["name"]: _losses_of(e, kind) for e in job.get("extra_sources", ())}),
@@ -343,6 +344,14 @@ def _mining(store: PipelineStore, model: Artifact) -> dict[str, Any]:
     if version is None or not store.has("hard_negatives", version):
         return {}
     return dict(store.get("hard_negatives", version).manifest.recipe.settings.get("mining", {}))
+
+
+def _loss(job: dict[str, Any]) -> dict[str, Any]:
+    """With the loss that an unset one stands for; FlagEmbedding has one of its own."""
+    told = job["settings"]
+    unset = told.get("loss") is None and told["engine"] == "sentence-transformers"
+    default = {"loss": DEFAULT_LOSSES[job["source_kind"]]} if unset else {}
+    return {**default, **{key: told[key] for key in _LOSS_KEYS if told.get(key) not in (None, {}, False)}}
 
 
 def _scalars(report: Mapping[str, Any]) -> dict[str, Any]:

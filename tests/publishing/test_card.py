@@ -99,6 +99,7 @@ def test_the_card_tells_figures_data_and_training(carded: Carded) -> None:
     training = re.search(r"### Training arguments\n\n```yaml\n(.*?)```", card, re.S)
     assert training is not None
     assert yaml.safe_load(training[1])["learning_rate"] == 2e-5
+    assert "loss: MultipleNegativesRankingLoss\n" in card
     reranker = model_card(carded, "reranker")
     assert "`embedder_weight` (0.4) is the share" in reranker
 
