@@ -171,7 +171,7 @@ class Workshop:
         figures = {"interval_low": 0.1, "interval_high": 0.3, "p_value": 0.01, "num_queries": 8}
         summary = [
             {"system": system, "metric": "ndcg_at_10", "value": 0.5 + number / 8, "gain": 0.25, **figures}
-            for number, system in enumerate(("embedder", "reranker"))
+            for number, system in enumerate(("embedder", "reranker") if reranker else ("embedder",))
         ]
         report = {
             "gate": gate.model_dump(mode="json"),
