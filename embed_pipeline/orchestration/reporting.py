@@ -12,7 +12,7 @@ import dagster as dg
 from embed_pipeline.artifacts import Artifact, Produced
 from embed_pipeline.errors import UserError
 from embed_pipeline.launch.parent_death import end_with_parent
-from embed_pipeline.training.job import MODEL_FOLDER, TRAINING_LOG_FILE
+from embed_pipeline.training.job import MODEL_FOLDER
 
 if TYPE_CHECKING:
     from embed_pipeline.evaluation.gate import GateReport
