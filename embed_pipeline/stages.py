@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,7 +59,7 @@ from embed_pipeline.training.job import JOB_FILE, MODEL_FOLDER, SUMMARY_FILE
 
 if TYPE_CHECKING:
     from embed_pipeline.evaluation.compared import ChampionModels, ComparedModels
-    from embed_pipeline.evaluation.evaluators import EmbedderEvaluators
+    from embed_pipeline.evaluation.evaluators import EmbedderEvaluators, RerankerEvaluators
     from embed_pipeline.evaluation.guard_sets import GuardSet
     from embed_pipeline.mining.report import MiningReport
     from embed_pipeline.models.embedder import Embedder
@@ -437,7 +438,9 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
         from embed_pipeline.evaluation.history import history_of
 
         with pipeline.tracked("evaluation") as tracked, _watched(tracked):
-            report = (evaluate if settings.source.is_retrieval else evaluate_pairs)(
+            of_rerankers = _reranker_test_evaluators(pipeline, cleaned) if reranker else None
+            measure = partial(evaluate, reranker_evaluators=of_rerankers)
+            report = (measure if settings.source.is_retrieval else evaluate_pairs)(
                 cleaned.path,
                 _compared_models(pipeline, cleaned, embedder, reranker, champion),
                 settings.evaluation,
@@ -545,6 +548,25 @@ def _test_evaluators(pipeline: Pipeline, cleaned: Artifact) -> EmbedderEvaluator
     if settings.evaluation.nano_beir is not None:
         parts = (*parts, *nano_beir_parts(pipeline.folder / settings.evaluation.nano_beir))
     return EmbedderEvaluators(parts) if parts else None
+
+
+def _reranker_test_evaluators(pipeline: Pipeline, cleaned: Artifact) -> RerankerEvaluators | None:
+    """The same for the reranker, on the extra sources that it has learnt from."""
+    from embed_pipeline.evaluation.evaluators import MeasuredSource, reranker_evaluators
+
+    settings = pipeline.settings
+    queries, reranked = settings.evaluation.source_queries, settings.evaluation.rerank_queries
+    return reranker_evaluators(
+        [
+            MeasuredSource(extra.name, extra.kind, extra_folder(cleaned.path, extra.name))
+            for extra in settings.extra_sources
+            if extra.reranker_loss is not None
+        ],
+        "test",
+        seed=settings.seed,
+        max_queries=queries if reranked is None else min(queries, reranked),
+        max_passages=settings.evaluation.source_passages,
+    )
 
 
 def _evaluator_digests(pipeline: Pipeline) -> dict[str, str]:

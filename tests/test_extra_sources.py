@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from embed_pipeline.artifacts import PipelineStore
 from embed_pipeline.command_line import main
 from embed_pipeline.errors import ConfigurationError
+from embed_pipeline.evaluation.results import EVALUATORS_FILE
 from embed_pipeline.orchestration.checks import (
     answers_are_in_the_corpus,
     no_positive_among_negatives,
@@ -25,8 +27,17 @@ from embed_pipeline.retraining import raw_rows_read, retraining_due
 from embed_pipeline.settings import PipelineSettings
 from embed_pipeline.sources.check import check_all
 from embed_pipeline.sources.fingerprint import look
-from embed_pipeline.stages import Pipeline, make_cleaned_pairs, make_hard_negatives, make_raw_pairs
+from embed_pipeline.stages import (
+    Pipeline,
+    make_cleaned_pairs,
+    make_embedder,
+    make_evaluation,
+    make_hard_negatives,
+    make_raw_pairs,
+    make_reranker,
+)
 from embed_pipeline.tables import EXAMPLES_FILE, HARD_NEGATIVES_FILE, QUERIES_FILE
+from embed_pipeline.tracking.runs import tracking_uri
 
 RETRIEVAL = ("tuples", "bge", "judged")
 EXAMPLES = ("alike", "classes", "zh")
@@ -141,6 +152,64 @@ def test_every_kind_goes_through_all_stages_and_nothing_is_made_twice(support: C
     exported = [json.loads(line) for line in (one.folder / "o.jsonl").read_text().splitlines()]
     assert {line["prompt"] for line in exported} == {"ask: "}
     assert all(line["query"].startswith("cube") and len(line["neg"]) == 4 for line in exported)
+
+
+def test_all_are_learnt_and_measured_by_both_models(
+    support: Callable[..., Pipeline], tiny_bert_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(support().folder))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    training = {"base_model": {"path": str(tiny_bert_folder)}, "batch_size": 4, "evaluations": 1, "epochs": 1}
+    told = [extra.model_dump(exclude_unset=True) for extra in support().settings.extra_sources]
+    for extra in told:
+        if extra["name"] in ("judged", "alike"):
+            extra["reranker_loss"] = "BinaryCrossEntropyLoss"
+    one = support(
+        extra_sources=told,
+        encode_precision="float32",
+        embedder={**training, "encoding": {"query_prompt": "ask: "}, "precision": "float32"},
+        reranker={
+            **training,
+            "batch_size": 2,
+            "precision": "float32",
+            "query_max_length": 16,
+            "passage_max_length": 16,
+        },
+        tracking={"system_metrics": False, "log_model": False},
+    )
+    made(one)
+    embedder, reranker = make_embedder(one).artifact, make_reranker(one).artifact
+    assert set(embedder.report["rows"]) == {"support", *RETRIEVAL, *EXAMPLES}
+    assert set(reranker.report["rows"]) == {"support", "judged", "alike"}
+
+    evaluation = make_evaluation(one).artifact
+
+    rows = json.loads((evaluation.path / EVALUATORS_FILE).read_text())
+    main = {(row["model"], f"{row['source']}/{row['metric']}"): row for row in rows if row["main"]}
+    assert set(main) == {
+        ("embedder", "tuples/ndcg_at_10"),
+        ("embedder", "tuples/triplet_accuracy"),
+        ("embedder", "tuples/reranking_ndcg_at_10"),
+        ("embedder", "bge/ndcg_at_10"),
+        ("embedder", "bge/triplet_accuracy"),
+        ("embedder", "bge/reranking_ndcg_at_10"),
+        ("embedder", "judged/ndcg_at_10"),
+        ("embedder", "alike/spearman"),
+        ("embedder", "classes/triplet_accuracy"),
+        ("embedder", "zh/translation_accuracy"),
+        ("embedder", "zh/negative_mse"),
+        ("reranker", "judged/ndcg_at_10"),
+        ("reranker", "alike/spearman"),
+    }
+    for (model, name), row in main.items():
+        assert row["change"] == pytest.approx(row["trained"] - row["base"])
+        assert evaluation.report["evaluators"][f"{model}/{name}"] == row["trained"]
+        assert evaluation.report["evaluators"][f"base_{model}/{name}"] == row["base"]
+    run = mlflow.MlflowClient(tracking_uri()).get_run(evaluation.manifest.runs.mlflow)
+    assert run.data.metrics["reranker/alike/spearman"] == main["reranker", "alike/spearman"]["trained"]
+    page = (evaluation.path / "report.html").read_text()
+    assert "<th>reranker: alike/spearman</th>" in page
+    assert "<th>zh/negative_mse</th>" in page
 
 
 def test_what_changes_is_made_anew(support: Callable[..., Pipeline]) -> None:

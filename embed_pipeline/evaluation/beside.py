@@ -1,4 +1,4 @@
-"""What embedders are measured by besides the pipeline's own test split: guard sets, and the library's evaluators."""
+"""What models are measured by besides the pipeline's own test split: guard sets, and the library's evaluators."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from embed_pipeline.evaluation.comparison import BASE_EMBEDDER, CHAMPION_EMBEDDER, EMBEDDER
+from embed_pipeline.evaluation.comparison import (
+    BASE_EMBEDDER,
+    BASE_RERANKER,
+    CHAMPION_EMBEDDER,
+    CHAMPION_PAIR,
+    EMBEDDER,
+    RERANKER,
+)
 from embed_pipeline.evaluation.correlation import bootstrap_difference
-from embed_pipeline.evaluation.evaluators import EmbedderEvaluators, Figure, Figures
+from embed_pipeline.evaluation.evaluators import EmbedderEvaluators, Figure, Figures, RerankerEvaluators
 from embed_pipeline.evaluation.guard_sets import GuardResult, GuardScore, GuardSet, Part, judge_guard
-from embed_pipeline.evaluation.results import SourceFigure
+from embed_pipeline.evaluation.results import MeasuredModel, SourceFigure
 from embed_pipeline.evaluation.significance import paired_bootstrap
 from embed_pipeline.models.embedder import Embedder
+from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.settings import EvaluationSettings
 
 logger = logging.getLogger(__name__)
@@ -23,13 +31,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Beside:
-    """Measures one embedder after the other, then compares them."""
+    """Measures one model after the other, then compares them."""
 
     settings: EvaluationSettings
     seed: int
     guards: Sequence[GuardSet] = ()
     guard_part: Part = "all"
     evaluators: EmbedderEvaluators | None = None
+    reranker_evaluators: RerankerEvaluators | None = None
     guard_scores: dict[str, dict[str, GuardScore]] = field(default_factory=dict)  # system -> guard -> score
     figures: dict[str, Figures] = field(default_factory=dict)  # system -> figures
 
@@ -40,6 +49,10 @@ class Beside:
         if self.evaluators is not None:
             logger.info("the evaluators of %d sources", len({part.source for part in self.evaluators.parts}))
             self.figures[system] = self.evaluators.measure(embedder)
+
+    def measure_reranker(self, system: str, reranker: Reranker) -> None:
+        if self.reranker_evaluators is not None:
+            self.figures[system] = self.reranker_evaluators.measure(reranker)
 
     def guard_results(self) -> list[GuardResult]:
         return [
@@ -55,11 +68,21 @@ class Beside:
         ]
 
     def source_figures(self) -> list[SourceFigure]:
-        """Each figure that both the base and the fine-tuned embedder have, in the order of the evaluators."""
-        if self.evaluators is None:
-            return []
-        base, trained = self.figures[BASE_EMBEDDER], self.figures[EMBEDDER]
-        champion, main = self.figures.get(CHAMPION_EMBEDDER, {}), set(self.evaluators.main_metrics)
+        """Each figure that both the base and the fine-tuned model have, in the order of the evaluators."""
+        rows = []
+        if self.evaluators is not None:
+            systems = (BASE_EMBEDDER, EMBEDDER, CHAMPION_EMBEDDER)
+            rows += self._compared("embedder", systems, self.evaluators.main_metrics)
+        if self.reranker_evaluators is not None:
+            systems = (BASE_RERANKER, RERANKER, CHAMPION_PAIR)
+            rows += self._compared("reranker", systems, self.reranker_evaluators.main_metrics)
+        return rows
+
+    def _compared(
+        self, model: MeasuredModel, systems: tuple[str, str, str], main_metrics: Sequence[str]
+    ) -> list[SourceFigure]:
+        base, trained, champion = (self.figures.get(system, {}) for system in systems)
+        main = set(main_metrics)
         rows = []
         for name, before in base.items():
             after = trained.get(name)
@@ -69,6 +92,7 @@ class Beside:
             low, high = self._interval(before, after) or (None, None)
             rows.append(
                 SourceFigure(
+                    model=model,
                     source=source,
                     metric=metric,
                     main=name in main,

@@ -191,5 +191,7 @@ class Rankings:
             folder, max_length=max_length, precision=self.precision, trust_remote_code=self.models.trust_reranker_code
         )
         reranked = rerank(self.collection, candidates, top_k, reranker, progress=self.progress)
+        if system != BASE_PAIR:  # the base reranker once more, over other passages
+            self.beside.measure_reranker(system, reranker)
         self.milliseconds[system] = reranked.milliseconds_per_query
         return reranked.logits

@@ -29,7 +29,7 @@ from embed_pipeline.evaluation.comparison import (
     Values,
     compare,
 )
-from embed_pipeline.evaluation.evaluators import EmbedderEvaluators
+from embed_pipeline.evaluation.evaluators import EmbedderEvaluators, RerankerEvaluators
 from embed_pipeline.evaluation.gate import GateReport, judge
 from embed_pipeline.evaluation.guard_sets import GuardSet, Part
 from embed_pipeline.evaluation.history import THIS, HistoryPoint, point_of
@@ -70,6 +70,7 @@ def evaluate(
     guards: Sequence[GuardSet] = (),
     guard_part: Part = "all",
     evaluators: EmbedderEvaluators | None = None,
+    reranker_evaluators: RerankerEvaluators | None = None,
     history: Sequence[HistoryPoint] = (),
     encode_precision: Precision = "auto",
     cache_folder: Path | None = None,
@@ -80,7 +81,7 @@ def evaluate(
     """Compare BM25, base and fine-tuned models and the champion on the test split of a `cleaned_pairs` folder.
 
     The verdict of the `gate` on the fine-tuned models is part of the result; embedders are measured on `guard_part` of
-    the guard sets too, and by the library's `evaluators`. `history` are the evaluations before this one.
+    the guard sets too, and both kinds of model by the library's evaluators. `history` are the evaluations before.
 
     Writes into `out`: `summary.json`, a list of {system, metric, value, gain, interval_low, interval_high,
     num_queries} with gains over the base embedder on the same queries; `details.json`; `per_query.parquet`;
@@ -99,7 +100,7 @@ def evaluate(
         )
     check_folders(models)
     gate = gate or GateSettings()
-    beside = Beside(settings, seed, guards, guard_part, evaluators)
+    beside = Beside(settings, seed, guards, guard_part, evaluators, reranker_evaluators)
     ranked = Rankings(collection, models, settings, seed, encode_precision, cache_folder, progress, beside)
     ranked.by_champion()  # first: where it no longer loads, there is nothing to compare with
     ranked.by_bm25()

@@ -30,7 +30,6 @@ from embed_pipeline.evaluation.results import (
     SUMMARY_FILE,
     Details,
     EvaluationReport,
-    SourceFigure,
 )
 from embed_pipeline.evaluation.verdict import METRIC_NAMES, SYSTEM_NAMES, interval, percent, row_of, signed
 from embed_pipeline.tables import PER_QUERY_FILE, SIMILARITIES_FILE
@@ -74,7 +73,6 @@ def write_report(folder: Path, to: Path | None = None, history: Sequence[History
         tables=_tables(report),
         metric_names=METRIC_NAMES,
         measured={row.metric: METRIC_NAMES[row.metric] for row in report.summary},
-        sources=_sources(details),
         system_names=SYSTEM_NAMES,
         interval=lambda row: interval(row, details.confidence),
         verdict=_needed(report.summary, EMBEDDER, details.metric).verdict,
@@ -129,17 +127,8 @@ def _terminal_sources(details: Details) -> Table:
             known = row.interval_low is not None and row.interval_high is not None
             span = f"{signed(row.interval_low or 0)} to {signed(row.interval_high or 0)}" if known else ""
             change = Text(_signed(row.change), style=_COLOURS[row.verdict])
-            table.add_row(row.name, f"{row.base:.3f}", f"{row.trained:.3f}", change, span)
+            table.add_row(row.title, f"{row.base:.3f}", f"{row.trained:.3f}", change, span)
     return table
-
-
-def _sources(details: Details) -> dict[str, list[SourceFigure]]:
-    """The figures of the library's evaluators by source; NanoBEIR's sets one by one after their mean."""
-    return {source: [row for row in details.sources if row.source == source] for source in _names(details.sources)}
-
-
-def _names(rows: Sequence[SourceFigure]) -> list[str]:
-    return list(dict.fromkeys(row.source for row in rows))
 
 
 def _signed(value: float) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from embed_pipeline.evaluation.comparison import BASE_EMBEDDER, EMBEDDER, Comparison
+from embed_pipeline.evaluation.comparison import Comparison
 from embed_pipeline.evaluation.gate import GateReport
 from embed_pipeline.evaluation.guard_sets import Figure
 from embed_pipeline.evaluation.history import HistoryPoint
@@ -14,6 +14,7 @@ from embed_pipeline.mining.report import ScoreSummary
 
 SUMMARY_FILE = "summary.json"
 DETAILS_FILE = "details.json"
+MeasuredModel = Literal["embedder", "reranker"]
 EVALUATORS_FILE = "evaluators.json"  # the library's evaluators on the test split of every source
 REPORT_FILE = "report.html"
 
@@ -50,6 +51,7 @@ class PairChange(_Part):
 class SourceFigure(_Part):
     """One figure of one evaluator of the library on one source: base first, then fine-tuned, then the difference."""
 
+    model: MeasuredModel
     source: str
     metric: str
     main: bool  # the figure that its evaluator is about
@@ -65,6 +67,11 @@ class SourceFigure(_Part):
     def name(self) -> str:
         """sts/spearman"""
         return f"{self.source}/{self.metric}"
+
+    @property
+    def title(self) -> str:
+        """The same, and whose it is where that is not the embedder."""
+        return self.name if self.model == "embedder" else f"{self.model}: {self.name}"
 
     @property
     def verdict(self) -> str:
@@ -131,9 +138,9 @@ class Details(_Part):
         """As MLflow has them: `embedder/sts/spearman`, `base_embedder/sts/spearman`, and the difference of the two."""
         rows = self.sources
         return {
-            **{f"{BASE_EMBEDDER}/{row.name}": row.base for row in rows},
-            **{f"{EMBEDDER}/{row.name}": row.trained for row in rows},
-            **{f"{EMBEDDER}/{row.name}_gain_over_base": row.change for row in rows if row.main},
+            **{f"base_{row.model}/{row.name}": row.base for row in rows},
+            **{f"{row.model}/{row.name}": row.trained for row in rows},
+            **{f"{row.model}/{row.name}_gain_over_base": row.change for row in rows if row.main},
         }
 
     @property

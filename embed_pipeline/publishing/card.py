@@ -7,6 +7,7 @@ cards beside the record of the promotion, and what is pushed or exported carries
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,7 @@ from embed_pipeline.artifacts import Artifact, PipelineStore
 from embed_pipeline.champions import Champion, models_of
 from embed_pipeline.errors import ArtifactError, ConfigurationError
 from embed_pipeline.evaluation.comparison import Comparison
+from embed_pipeline.evaluation.results import EVALUATORS_FILE, SourceFigure
 from embed_pipeline.evaluation.systems import read_serving
 from embed_pipeline.losses import DEFAULT_LOSSES
 from embed_pipeline.models.collection import load_collection
@@ -136,6 +138,20 @@ def _front_matter(carded: Carded, kind: Kind, job: dict[str, Any], rows: Sequenc
         )
         for row in rows
     ]
+    results += [
+        EvalResult(
+            task_type=_TASKS[kind],
+            dataset_type=figure.source,
+            dataset_name=f"{figure.source}, test split",
+            dataset_split="test",
+            dataset_revision=carded.cleaned.content,
+            metric_type=figure.metric,
+            metric_name=figure.name,
+            metric_value=round(figure.trained, 6),
+        )
+        for figure in _source_figures(carded, kind)
+        if math.isfinite(figure.trained)
+    ]
     tags = ["sentence-transformers", "embed_pipeline", *(["feature-extraction"] if kind == "embedder" else [])]
     tags.append("cross-encoder" if kind == "reranker" else "dense")
     # Only what is known is told: the Hub takes an empty field for a value.
@@ -205,8 +221,28 @@ def _figures(carded: Carded, kind: Kind, rows: Sequence[Comparison]) -> str:
     header = ["metric", "base embedder", trained, "gain", f"{confidence:.0%} interval", items]
     return (
         f"On the test split, that nothing was trained on:\n\n{markdown_rows(header, table)}\n\n"
-        f"The gate by which it became champion: {evaluation.report['gate']['sentence']}."
+        f"The gate by which it became champion: {evaluation.report['gate']['sentence']}.\n\n"
+        + _sources_measured(_source_figures(carded, kind))
     )
+
+
+def _sources_measured(figures: Sequence[SourceFigure]) -> str:
+    if not figures:
+        return ""
+    rows = [
+        (
+            figure.name,
+            figure.base,
+            figure.trained,
+            f"{figure.change:+.4f}",
+            ""
+            if figure.interval_low is None or figure.interval_high is None
+            else f"{figure.interval_low:+.4f} to {figure.interval_high:+.4f}",
+        )
+        for figure in figures
+    ]
+    header = ["source and metric", "base", "fine-tuned", "difference", "interval"]
+    return f"sentence-transformers' evaluators, on the test split of each source:\n\n{markdown_rows(header, rows)}"
 
 
 def _use(carded: Carded, kind: Kind, model: Artifact, job: dict[str, Any], repository: str | None) -> str:
@@ -352,6 +388,13 @@ def _loss(job: dict[str, Any]) -> dict[str, Any]:
     unset = told.get("loss") is None and told["engine"] == "sentence-transformers"
     default = {"loss": DEFAULT_LOSSES[job["source_kind"]]} if unset else {}
     return {**default, **{key: told[key] for key in _LOSS_KEYS if told.get(key) not in (None, {}, False)}}
+
+
+def _source_figures(carded: Carded, kind: Kind) -> list[SourceFigure]:
+    """The main figures of the library's evaluators, by the names that MLflow and the report have them under."""
+    found = json.loads((carded.evaluation.path / EVALUATORS_FILE).read_text("utf-8"))
+    figures = [SourceFigure.model_validate(row) for row in found]
+    return [figure for figure in figures if figure.model == kind and figure.main]
 
 
 def _scalars(report: Mapping[str, Any]) -> dict[str, Any]:

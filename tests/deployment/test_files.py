@@ -155,11 +155,12 @@ def test_everything_is_installed_in_its_tested_version(built: dict[str, Image], 
 
 def test_extras_of_the_image_are_those_of_the_package(built: dict[str, Image]) -> None:
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    asked = re.search(r"\.\[([\w,]+)\]", " ".join(built["code"].all("RUN")))
-
+    assert ".[${EXTRAS}]" in " ".join(built["code"].all("RUN"))
+    asked = re.search(r"^ARG EXTRAS=([\w,]+)$", (DOCKER / "Dockerfile").read_text(), re.M)
     assert asked is not None
     assert set(asked[1].split(",")) == {"demo", "deploy"} <= set(extras)
-    for requirement in extras["deploy"]:
+    assert f"EXTRAS:-{asked[1]}" in (DOCKER / "compose.yaml").read_text()
+    for requirement in (*extras["deploy"], *extras["export"]):
         assert f"\n{re.split('[<>=]', requirement)[0]}==" in (REPOSITORY / "constraints.txt").read_text()
 
 

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from embed_pipeline.definitions import load_folder
-from embed_pipeline.settings import PipelineSettings
 from tests.orchestration.conftest import settings_of, write_pipeline
 
 HUB = {"hub": "BAAI/bge-small-en-v1.5"}
@@ -107,13 +106,3 @@ def test_environment_variables_can_stand_in_the_yaml(
     definitions = load_folder(tmp_path, "templated_pipeline_under_test")
 
     assert len(list(definitions.resolve_all_asset_specs())) == 7
-
-
-def test_the_example_of_the_readme_is_a_right_pipeline() -> None:
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    example = yaml.safe_load(readme.partition("```yaml\n")[2].partition("```")[0])
-
-    settings = PipelineSettings.model_validate(example["attributes"])
-
-    assert example["type"] == "embed_pipeline.RetrievalPipeline"
-    assert settings.embedder.encoding.query_max_length == 64

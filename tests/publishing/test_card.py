@@ -83,8 +83,9 @@ def test_the_front_matter_is_what_the_hub_takes(carded: Carded) -> None:
     assert told["datasets"] == ["your-company/castle"]
     assert told["widget"][0]["source_sentence"].startswith("where is the river")
     assert len(told["widget"][0]["sentences"]) == 2
-    (result,) = card.data.eval_results
+    result, of_source = card.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("ndcg_at_10", 0.5, "test")
+    assert (of_source.dataset_type, of_source.metric_type, of_source.metric_value) == ("sts", "spearman", 0.375)
     assert ModelCard(model_card(carded, "reranker")).data.pipeline_tag == "text-ranking"
 
 
@@ -102,6 +103,8 @@ def test_the_card_tells_figures_data_and_training(carded: Carded) -> None:
     assert "loss: MultipleNegativesRankingLoss\n" in card
     reranker = model_card(carded, "reranker")
     assert "`embedder_weight` (0.4) is the share" in reranker
+    assert "| sts/spearman | 0.2500 | 0.3750 | +0.1250 | +0.0500 to +0.1500 |" in card
+    assert "| sts/spearman | 0.2500 | 0.5000 | +0.1250 |" in reranker
 
 
 def test_the_blend_of_the_card_is_the_pipelines(carded: Carded) -> None:
