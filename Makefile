@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 export DAGSTER_HOME ?= $(CURDIR)/dagster_home
 export TOKENIZERS_PARALLELISM ?= false
 
+# Files of tests side by side; each process takes 2 GB.
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all docs ui mlflow clean
 
@@ -28,10 +31,10 @@ demo: setup  ## train and evaluate on the demo's data, then show the report
 test: setup  ## lint, type check and test (what CI runs)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(IN_PARALLEL)
 
 test-all: setup  ## the slow tests as well
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 docs: setup  ## write docs/settings.md and docs/losses.md anew from the code
 	$(BIN)/python -m embed_pipeline.reference docs

@@ -54,7 +54,9 @@ class SmallPipeline:
 
     @property
     def instance(self) -> dg.DagsterInstance:
-        return dg.DagsterInstance.local_temp(str(self.home))
+        # Capturing the output of a run in another thread can leave its `tail` processes behind.
+        silent = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
+        return dg.DagsterInstance.local_temp(str(self.home), overrides={"compute_logs": silent})
 
 
 def settings_of(model: Path) -> dict[str, Any]:
