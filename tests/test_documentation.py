@@ -54,6 +54,7 @@ def test_the_page_of_everything_is_right_and_is_a_page() -> None:
         *("scored", "labelled", "parallel"),
     }
     assert len(text.splitlines()) < 100
+    assert len((REPOSITORY / "embed_pipeline" / "defs" / "demo" / "defs.yaml").read_text().splitlines()) < 30
 
 
 def test_links_lead_to_files() -> None:
