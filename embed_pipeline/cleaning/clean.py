@@ -16,6 +16,7 @@ from embed_pipeline.cleaning.elsewhere import CleanedSource, reject_elsewhere
 from embed_pipeline.cleaning.normalise import create_macros
 from embed_pipeline.cleaning.overlap import reject_overlaps
 from embed_pipeline.cleaning.rows import (
+    MEMORY_LIMIT,
     find_near_duplicates,
     load_rows,
     merge_near_duplicates,
@@ -46,7 +47,6 @@ from embed_pipeline.tables import (
     write_stream,
 )
 
-MEMORY_LIMIT = "4GB"  # of DuckDB; beyond it, tables spill to the output's disk
 BATCH_ROWS = 20_000
 
 # Rows dropped for these say nothing against their passages, which stay in the corpus.

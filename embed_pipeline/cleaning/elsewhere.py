@@ -16,7 +16,7 @@ import duckdb
 
 from embed_pipeline.cleaning import reasons
 from embed_pipeline.cleaning.normalise import create_macros
-from embed_pipeline.cleaning.rows import reject
+from embed_pipeline.cleaning.rows import MEMORY_LIMIT, reject
 from embed_pipeline.tables import EXAMPLES_FILE, PASSAGES_FILE, QRELS_FILE, QUERIES_FILE
 
 # What may not stand in two splits: a text, or (where texts stand in many pairs) two texts together.
@@ -80,7 +80,7 @@ def reject_shared(connection: duckdb.DuckDBPyConnection, before: Sequence[Cleane
 def verify_apart(sources: Sequence[CleanedSource]) -> list[str]:
     """What one of the sources holds out and another trains on, a sentence each pair of sources; empty if nothing is."""
     found = []
-    with duckdb.connect() as connection:
+    with _connected(sources[0].texts.parent) as connection:
         _view(connection, sources)
         for one, other in combinations(sources, 2):
             for held, trained in ((one, other), (other, one)):
@@ -104,7 +104,7 @@ def collect(name: str, folder: Path, apart: Apart, work: Path) -> CleanedSource:
     if not (folder / EXAMPLES_FILE).is_file():
         files = {"queries": QUERIES_FILE, "passages": PASSAGES_FILE, "qrels": QRELS_FILE}
     texts = work / f"{name}.parquet"
-    with duckdb.connect() as connection:
+    with _connected(work) as connection:
         create_macros(connection)
         connection.execute(
             f"""CREATE TABLE told AS
@@ -129,3 +129,8 @@ def _view(connection: duckdb.DuckDBPyConnection, sources: Sequence[CleanedSource
         for quoted in [str(source.texts).replace("'", "''")]
     ]
     connection.execute(f"CREATE TEMP VIEW elsewhere AS {' UNION ALL '.join(parts)}")
+
+
+def _connected(work: Path) -> duckdb.DuckDBPyConnection:
+    """Tables that do not fit spill to `work`."""
+    return duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": str(work)})

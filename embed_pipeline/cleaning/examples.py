@@ -13,10 +13,10 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from embed_pipeline.cleaning import reasons
-from embed_pipeline.cleaning.clean import BATCH_ROWS, MEMORY_LIMIT
+from embed_pipeline.cleaning.clean import BATCH_ROWS
 from embed_pipeline.cleaning.elsewhere import Apart, CleanedSource, reject_shared
 from embed_pipeline.cleaning.normalise import create_macros
-from embed_pipeline.cleaning.rows import reject
+from embed_pipeline.cleaning.rows import MEMORY_LIMIT, reject
 from embed_pipeline.cleaning.splits import LARGE_GROUP_QUERIES, LARGE_GROUP_SHARE, assign_groups, linked_groups
 from embed_pipeline.errors import CleaningError
 from embed_pipeline.settings import CleaningSettings, SourceSettings

@@ -26,6 +26,7 @@ from embed_pipeline.cleaning.near_duplicates import near_duplicate_clusters
 from embed_pipeline.settings import CleaningSettings, NearDuplicateSettings
 
 Connection = duckdb.DuckDBPyConnection
+MEMORY_LIMIT = "4GB"  # of DuckDB; beyond it, tables spill to the output's disk
 
 
 def reject(connection: Connection, reason: str, found: str) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import duckdb
 
 from embed_pipeline.cleaning import reasons
-from embed_pipeline.cleaning.clean import MEMORY_LIMIT
 from embed_pipeline.cleaning.elsewhere import Apart
 from embed_pipeline.cleaning.normalise import create_macros
+from embed_pipeline.cleaning.rows import MEMORY_LIMIT
 from embed_pipeline.settings import SourceSettings
 from embed_pipeline.tables import (
     EXAMPLES_FILE,
