@@ -358,15 +358,40 @@ class PipelineStore:
         folder.rename(grave)
         shutil.rmtree(grave)
 
+    def checkpoints(self, asset: str, recipe: Recipe) -> Path | None:
+        """A folder in which trainings by `recipe` keep what they need to go on after being killed; it outlives them.
+
+        None while another process of this machine trains by the same recipe.
+        """
+        folder = self._checkpoints(asset, recipe)
+        folder.mkdir(parents=True, exist_ok=True)
+        claim = folder / "claim"
+        machine, _, process = claim.read_text().rpartition("~") if claim.is_file() else ("", "", "")
+        if machine == platform.node() and int(process) != os.getpid() and psutil.pid_exists(int(process)):
+            return None
+        self._write(claim, f"{platform.node()}~{os.getpid()}")
+        return folder
+
+    def remove_checkpoints(self, asset: str, recipe: Recipe) -> None:
+        """The version that they led to stands."""
+        if self._checkpoints(asset, recipe).is_dir():
+            self.remove_folder(self._checkpoints(asset, recipe))
+
+    def _checkpoints(self, asset: str, recipe: Recipe) -> Path:
+        return self.folder / ".checkpoints" / asset / recipe.digest
+
     def in_the_making(self) -> list[Path]:
         """Staging folders that a process of this or another machine may be filling right now."""
         return [path for path in self._staged() if _may_be_alive(path.name)]
 
     def abandoned(self) -> list[Path]:
-        """Staging folders whose process is gone, notes of runs long over, and cached embeddings: safe to delete."""
+        """Staging folders whose process is gone, what runs and trainings long over left, and cached embeddings."""
         dead = [path for path in self._staged() if not _may_be_alive(path.name)]
         recent = self._runs(younger_than=RUN_IS_OVER)
         old = [path for path in self._runs() if path not in recent]
+        since = (datetime.now(UTC) - RUN_IS_OVER).timestamp()
+        left = self.folder.glob(".checkpoints/*/*")
+        old += [path for path in sorted(left) if path.stat().st_mtime < since]
         return [*dead, *old, *([self.embeddings_folder] if self.embeddings_folder.is_dir() else [])]
 
     def _runs(self, younger_than: timedelta | None = None) -> list[Path]:

@@ -108,6 +108,7 @@ _OUR_KEYS: Mapping[str, str] = {
 _OUTPUT = "the store decides where a training writes; what it leaves is a version"
 _REPORTING = "figures go to the training log, Dagster and MLflow by themselves"
 _DEV = "the dev set, `evaluations` and `early_stopping_patience` decide what is measured and which weights are kept"
+_RESUME = "checkpoints are the pipeline's own, and exact; see checkpoint_minutes"
 _HUB = "the asset `hub` pushes, behind the gate"
 _SEED = "the pipeline's `seed` is part of every version"
 _PLACE = "torchrun and the hardware decide it; see nproc_per_node"
@@ -125,10 +126,12 @@ _REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("eval_on_start", "eval_accumulation_steps", "per_device_eval_batch_size"), _DEV),
     **dict.fromkeys(("batch_eval_metrics", "prediction_loss_only", "include_for_metrics"), _DEV),
     **dict.fromkeys(("eval_do_concat_batches", "eval_use_gather_object", "bf16_full_eval", "fp16_full_eval"), _DEV),
-    **dict.fromkeys(("save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "save_only_model"), _DEV),
+    **dict.fromkeys(
+        ("save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "save_only_model"), _RESUME
+    ),
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _DEV),
-    **dict.fromkeys(("resume_from_checkpoint", "restore_callback_states_from_checkpoint"), _DEV),
-    **dict.fromkeys(("ignore_data_skip", "enable_jit_checkpoint"), _DEV),
+    **dict.fromkeys(("resume_from_checkpoint", "restore_callback_states_from_checkpoint"), _RESUME),
+    **dict.fromkeys(("ignore_data_skip", "enable_jit_checkpoint"), _RESUME),
     **dict.fromkeys(("seed", "data_seed", "full_determinism"), _SEED),
     **dict.fromkeys(("use_cpu", "local_rank", "ddp_backend", "ddp_timeout", "accelerator_config"), _PLACE),
     **dict.fromkeys(("ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph"), _PLACE),

@@ -509,6 +509,12 @@ class TrainingSettings(Settings):
     evaluations: int = Field(4, ge=1, description="dev-set evaluations, evenly spaced over the training")
     early_stopping_patience: int = Field(3, ge=1, description="evaluations without a better dev nDCG@10")
     dev_queries: int = Field(500, ge=1, description="at most this many dev queries are used during training")
+    checkpoint_minutes: float | None = Field(
+        15.0,
+        ge=0,
+        description="a training that was killed loses so much at most, and goes on to the same weights; "
+        "0: a checkpoint at each logged step, null: none",
+    )
     nproc_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="auto: one process on a CPU, one per visible GPU otherwise"
     )

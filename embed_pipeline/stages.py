@@ -55,7 +55,7 @@ from embed_pipeline.tables import (
     write,
 )
 from embed_pipeline.tracking.runs import TrackedRun, tracked_run
-from embed_pipeline.training.job import JOB_FILE, MODEL_FOLDER, SUMMARY_FILE
+from embed_pipeline.training.job import CHECKPOINTS_FOLDER, JOB_FILE, MODEL_FOLDER, SUMMARY_FILE
 
 if TYPE_CHECKING:
     from embed_pipeline.evaluation.compared import ChampionModels, ComparedModels
@@ -131,8 +131,8 @@ class Pipeline:
     def untracked(self, report: BaseModel) -> Made:
         return Made(report.model_dump(mode="json"), RunIds(dagster=self.dagster_run_id))
 
-    def tracked(self, asset: str) -> AbstractContextManager[TrackedRun | None]:
-        return tracked_run(self.settings.tracking, self.settings.name, asset, self.dagster_run_id)
+    def tracked(self, asset: str, goes_on: str | None = None) -> AbstractContextManager[TrackedRun | None]:
+        return tracked_run(self.settings.tracking, self.settings.name, asset, self.dagster_run_id, goes_on=goes_on)
 
     def runs(self, tracked: TrackedRun | None) -> RunIds:
         if tracked is None:
@@ -288,9 +288,9 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
             output=out,
             world_size=processes,
         )
-        return _train(pipeline, "embedder", job, launch, inputs)
+        return _train(pipeline, "embedder", recipe, job, launch, inputs)
 
-    return pipeline.store.produce("embedder", recipe, inputs, make, content=None)
+    return _produce_model(pipeline, "embedder", recipe, inputs, make)
 
 
 def make_merged_embedder(pipeline: Pipeline) -> Produced:
@@ -412,9 +412,9 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
             output=out,
             world_size=processes,
         )
-        return _train(pipeline, "reranker", job, launch, [cleaned, embedder])
+        return _train(pipeline, "reranker", recipe, job, launch, [cleaned, embedder])
 
-    return pipeline.store.produce("reranker", recipe, [cleaned, embedder], make, content=None)
+    return _produce_model(pipeline, "reranker", recipe, [cleaned, embedder], make)
 
 
 def make_evaluation(pipeline: Pipeline) -> Produced:
@@ -892,7 +892,7 @@ def device_kind() -> str:
 
 def _training_told(settings: TrainingSettings, processes: int) -> dict[str, Any]:
     """What of a training's settings decides its weights; the base model stands among the inputs."""
-    unimportant = {"base_model", "guide", "teacher", "logging_steps", "nproc_per_node"}
+    unimportant = {"base_model", "guide", "teacher", "logging_steps", "nproc_per_node", "checkpoint_minutes"}
     return {
         **settings.model_dump(mode="json", exclude=unimportant),
         "processes": processes,
@@ -976,13 +976,34 @@ def _mine(pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: Minin
     )
 
 
-def _train(pipeline: Pipeline, asset: str, job: TrainingJob, launch: Launch, inputs: Sequence[Artifact]) -> Made:
+def _produce_model(
+    pipeline: Pipeline, asset: str, recipe: Recipe, inputs: Sequence[Artifact], make: Callable[[Path], Made]
+) -> Produced:
+    """As `produce`; the checkpoints go when the model is published, and stay for another try when it is not."""
+    produced = pipeline.store.produce(asset, recipe, inputs, make, content=None)
+    pipeline.store.remove_checkpoints(asset, recipe)
+    return produced
+
+
+def _train(
+    pipeline: Pipeline, asset: str, recipe: Recipe, job: TrainingJob, launch: Launch, inputs: Sequence[Artifact]
+) -> Made:
+    """A training that was killed goes on where the same recipe left off, in its MLflow run."""
     job_file = job.write(job.output / JOB_FILE)
-    with pipeline.tracked(asset) as tracked:
-        if tracked is not None:
+    checkpoints, linked = pipeline.store.checkpoints(asset, recipe), job.output / CHECKPOINTS_FOLDER
+    before = None
+    if checkpoints is not None:
+        linked.symlink_to(checkpoints.absolute(), target_is_directory=True)
+        noted = checkpoints / "mlflow_run"
+        before = noted.read_text() if noted.is_file() and any(checkpoints.glob("step-*")) else None
+    with pipeline.tracked(asset, goes_on=before) as tracked:
+        if tracked is not None and tracked.run_id != before:
             tracked.log_parameters(job.model_dump(mode="json"))
             tracked.log_inputs(inputs, "training")
+            if checkpoints is not None:
+                (checkpoints / "mlflow_run").write_text(tracked.run_id)
         launch(job, job_file, tracked)
+        linked.unlink(missing_ok=True)
         if tracked is not None and pipeline.settings.tracking.log_model:
             tracked.log_folder(job.output / MODEL_FOLDER, "model")
     return Made(json.loads((job.output / SUMMARY_FILE).read_text()), pipeline.runs(tracked))

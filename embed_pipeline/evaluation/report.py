@@ -120,8 +120,14 @@ def terminal_table(folder: Path) -> Group:
 def _terminal_sources(details: Details) -> Table:
     """The main figures of the library's evaluators."""
     table = Table(title="sentence-transformers' evaluators, on test", title_justify="left")
-    for name in ("source and metric", "base", "fine-tuned", "difference", f"{percent(details.confidence)} interval"):
-        table.add_column(name, justify="left" if name.startswith("source") else "right", no_wrap=True)
+    table.add_column("source and metric", overflow="fold")
+    for name, width in {
+        "base": 5,
+        "fine-tuned": 10,
+        "difference": 10,
+        f"{percent(details.confidence)} interval": 16,
+    }.items():
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
     for row in details.sources:
         if row.main:
             known = row.interval_low is not None and row.interval_high is not None

@@ -136,9 +136,11 @@ class TrackedRun:
 
 @contextmanager
 def tracked_run(
-    settings: TrackingSettings, pipeline: str, name: str, dagster_run_id: str | None
+    settings: TrackingSettings, pipeline: str, name: str, dagster_run_id: str | None, *, goes_on: str | None = None
 ) -> Iterator[TrackedRun | None]:
     """Open a child run `name` under the Dagster run's parent; None when MLflow is unreachable.
+
+    `goes_on` is the id of a run that was interrupted, to be opened again; a new one if it is gone.
 
     The run ends FINISHED, or FAILED when the body raises, or KILLED when it is interrupted.
     """
@@ -152,7 +154,11 @@ def tracked_run(
         tags = {"mlflow.parentRunId": parent_id, "embed_pipeline.pipeline": pipeline, "embed_pipeline.asset": name}
         if dagster_run_id:
             tags[DAGSTER_RUN_TAG] = dagster_run_id
-        run_id = client.create_run(experiment_id, tags=tags, run_name=f"{pipeline}/{name}").info.run_id
+        run_id = _opened_again(client, goes_on)
+        if run_id is None:
+            run_id = client.create_run(experiment_id, tags=tags, run_name=f"{pipeline}/{name}").info.run_id
+        elif dagster_run_id:
+            client.set_tag(run_id, DAGSTER_RUN_TAG, dagster_run_id)
     except Exception as error:  # anything: tracking may not stop a training
         told = without_password(f"MLflow at {tracking_uri()} is not reachable, this run is not recorded there: {error}")
         logger.warning("%s", told)
@@ -188,6 +194,21 @@ def end_runs_of(dagster_run_id: str) -> None:
             client.set_terminated(run.info.run_id, "KILLED")
     except Exception as error:
         logger.warning("MLflow runs of Dagster's run %s keep the status RUNNING: %s", dagster_run_id, error)
+
+
+def _opened_again(client: Any, run_id: str | None) -> str | None:
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        if client.get_run(run_id).info.lifecycle_stage != "active":
+            return None
+        client.update_run(run_id, status="RUNNING")
+    except MlflowException as error:
+        logger.warning("MLflow run %s is gone, a new one is made: %s", run_id, error)
+        return None
+    return run_id
 
 
 def _experiment(client: Any, name: str) -> str:

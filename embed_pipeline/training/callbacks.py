@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ class DevEvaluation(TrainerCallback):
             logger.info("no dev split: no evaluation during training, the last weights are kept")
             return
         self.steps = {math.ceil(state.max_steps * i / self.evaluations) for i in range(1, self.evaluations + 1)}
-        self.before = self._measure(args, 0)
+        if self.before is None:
+            self.before = self._measure(args, 0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step in self.steps:
@@ -121,6 +123,17 @@ class DevEvaluation(TrainerCallback):
         # An epoch may hold fewer batches than announced: rows with the same text never share a batch.
         if self.measure is not None and state.global_step > self.last_step:
             self._evaluate(args, state.global_step, control)
+
+    def told(self) -> dict[str, Any]:
+        """What `go_on` needs of it."""
+        return {name: getattr(self, name) for name in ("before", "best", "best_step", "last_step", "without_gain")}
+
+    def go_on(self, told: dict[str, Any], best_weights: Path) -> None:
+        """Take up what an interrupted training had been told; `best_weights` may not be there yet."""
+        for name, value in told.items():
+            setattr(self, name, value)
+        if self.reporter is not None and best_weights.is_file():
+            shutil.copyfile(best_weights, self.best_weights)
 
     def restore_best(self) -> None:
         """Lay the best weights over the model."""

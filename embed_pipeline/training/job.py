@@ -17,6 +17,7 @@ MODEL_FOLDER = "model"
 SUMMARY_FILE = "summary.json"
 TRAINING_LOG_FILE = "training_log.jsonl"
 SERVING_FILE = "serving.json"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 
 class TrainingJob(BaseModel):

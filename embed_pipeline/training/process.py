@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -78,9 +78,7 @@ def check_same_weights(model: nn.Module) -> None:
     """Raises TrainingError unless every rank holds the same parameters, as DDP leaves them bit by bit."""
     if not torch.distributed.is_initialized():
         return
-    sums = [parameter.detach().double().sum().item() for parameter in model.parameters()]
-    of_all: list[list[float] | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_all, sums)
+    of_all = from_all([parameter.detach().double().sum().item() for parameter in model.parameters()])
     different = [rank for rank, theirs in enumerate(of_all) if theirs != of_all[0]]
     if different:
         raise TrainingError(
@@ -96,6 +94,15 @@ def from_main(value: T) -> T:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_all(value: T) -> list[T]:
+    """Every rank's `value`, on every rank; returns when each has come here."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def wait() -> None:

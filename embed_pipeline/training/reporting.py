@@ -27,9 +27,19 @@ class Reporter:
     pipes: PipesContext | None = None
     mlflow: MetricsLogger | None = None
 
+    @property
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.started, 3)
+
+    def go_on(self, log: Path, seconds: float) -> None:
+        """Take up the log of an interrupted training, which had taken so long."""
+        self.log.write(log.read_text())
+        self.log.flush()
+        self.started = time.monotonic() - seconds
+
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """`metrics` at optimizer step `step`; `seconds` since the start are added to them in the file."""
-        row = {"step": step, **metrics, "seconds": round(time.monotonic() - self.started, 3)}
+        row = {"step": step, **metrics, "seconds": self.seconds}
         self.log.write(json.dumps(row) + "\n")
         self.log.flush()
         if self.pipes is not None:

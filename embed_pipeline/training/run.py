@@ -14,8 +14,9 @@ from transformers import Trainer
 
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.training.callbacks import DevEvaluation, FiniteLoss, Reporting
+from embed_pipeline.training.checkpoints import Checkpoints
 from embed_pipeline.training.engines import Prepared
-from embed_pipeline.training.job import TrainingJob
+from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TrainingJob
 from embed_pipeline.training.modules import merge_adapters
 from embed_pipeline.training.output import Summary
 from embed_pipeline.training.process import Rank, check_same_weights, check_synchronised
@@ -33,6 +34,9 @@ def work_folder(job: TrainingJob) -> Path:
 
 def remove_work_folder(job: TrainingJob) -> None:
     shutil.rmtree(job.output / "work")
+    checkpoints = job.output / CHECKPOINTS_FOLDER
+    if not checkpoints.is_symlink():  # else they go when the model is safe
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def train(
@@ -65,8 +69,13 @@ def train(
     if reporter is not None:
         trainer.add_callback(Reporting(reporter))
     trainer.add_callback(evaluation)
+    resume_from = None
+    if prepared.resumable:
+        checkpoints = Checkpoints(job, rank, prepared, evaluation, reporter)
+        trainer.add_callback(checkpoints)
+        resume_from = checkpoints.resume()
     started = time.monotonic()
-    _run(trainer, job, rank, sum(prepared.rows.values()))
+    _run(trainer, job, rank, sum(prepared.rows.values()), resume_from)
     seconds, steps = time.monotonic() - started, trainer.state.global_step
     check_same_weights(prepared.model)
     if rank.is_main:
@@ -95,10 +104,10 @@ def train(
     )
 
 
-def _run(trainer: Trainer, job: TrainingJob, rank: Rank, rows: int) -> None:
+def _run(trainer: Trainer, job: TrainingJob, rank: Rank, rows: int, resume_from: str | None) -> None:
     batch_size, group_size = job.settings.batch_size, job.settings.train_group_size
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume_from)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"out of GPU memory at batch_size {batch_size} x train_group_size {group_size}: {error}. Lower batch_size, "

@@ -22,6 +22,7 @@ class Prepared(Generic[Model]):
     trainer: Trainer
     model: Model
     rows: dict[str, int]  # of each source, what an epoch goes through
+    resumable: bool = True  # whether the rows of a step are known from its number
 
 
 def module_of(engine: Engine, kind: Literal["embedder", "reranker"]) -> str:

@@ -19,6 +19,7 @@ from embed_pipeline.models.embedder import encoding_of, load_sentence_transforme
 from embed_pipeline.settings import TrainingSettings
 from embed_pipeline.training.arguments import check_steps, trainer_arguments
 from embed_pipeline.training.engines import Prepared
+from embed_pipeline.training.engines.seeded_rows import SeededRows
 from embed_pipeline.training.job import EmbedderJob
 from embed_pipeline.training.modules import set_up_for_training
 from embed_pipeline.training.process import Rank
@@ -73,7 +74,11 @@ def prepare(job: EmbedderJob, rank: Rank, sources: list[TrainingSource], work: P
         ),
     )
     runner.model.model = model[0].model  # the same parameters in both, adapters included
-    return Prepared(runner.trainer, model, {source.name: source.size for source in sources})
+    rows = {source.name: source.size for source in sources}
+    if runner.data_args.same_dataset_within_batch:  # its rows are whole batches that it shuffles itself
+        return Prepared(runner.trainer, model, rows, resumable=False)
+    runner.trainer.train_dataset = SeededRows(runner.trainer.train_dataset, job.seed)
+    return Prepared(runner.trainer, model, rows)
 
 
 def write_rows(

@@ -18,6 +18,7 @@ from embed_pipeline.training.arguments import check_steps, trainer_arguments
 from embed_pipeline.training.cross_encoder import load_cross_encoder
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.engines.flag_embedding_embedder import write_rows
+from embed_pipeline.training.engines.seeded_rows import SeededRows
 from embed_pipeline.training.job import RerankerJob
 from embed_pipeline.training.process import Rank
 from embed_pipeline.training.rows import TrainingQuery, negatives_to_draw_from
@@ -57,4 +58,5 @@ def prepare(job: RerankerJob, rank: Rank, sources: list[TrainingSource], work: P
     )
     # The same parameters in both, and the same fresh head as the other engine starts from.
     runner.model.model = model[0].model
+    runner.trainer.train_dataset = SeededRows(runner.trainer.train_dataset, job.seed)
     return Prepared(runner.trainer, model, {source.name: source.size for source in sources})

@@ -1,0 +1,240 @@
+"""Checkpoints of a training: written whole or not at all, verified before use, and exact.
+
+A training that goes on from one ends with the weights of one that was never interrupted, bit by bit on a CPU: besides
+weights and optimizer a checkpoint holds every rank's random numbers, the place in the data, what dev has said, and the
+log. It is a folder `step-<N>` whose manifest.json is written last and names the job that wrote it. Nothing else is ever
+read: optimizer and random states are pickles.
+
+They lie in `checkpoints` of the job's output, which may be a link to a folder that outlives the output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from embed_pipeline.artifacts import sha256_of
+from embed_pipeline.training.callbacks import DevEvaluation
+from embed_pipeline.training.engines import Prepared
+from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TRAINING_LOG_FILE, TrainingJob
+from embed_pipeline.training.process import Rank, from_all, from_main
+from embed_pipeline.training.reporting import Reporter
+
+logger = logging.getLogger(__name__)
+
+KEPT = 2  # the newest, and one more should it be broken
+_MANIFEST = "manifest.json"
+_PROGRESS = "progress.json"
+_WEIGHTS = "weights.pt"
+_BEST = "best.safetensors"
+_STATE = "trainer_state.json"
+_LIBRARIES = ("torch", "transformers", "accelerate", "sentence-transformers", "FlagEmbedding", "peft")
+
+
+class Checkpoints(TrainerCallback):
+    """Writes one every `checkpoint_minutes`, and lets a training begin at the newest good one.
+
+    Goes last among the callbacks, so that what the others did in a step is in the checkpoint of that step.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        rank: Rank,
+        prepared: Prepared[Any],
+        evaluation: DevEvaluation,
+        reporter: Reporter | None,
+    ) -> None:
+        self.folder = job.output / CHECKPOINTS_FOLDER
+        self.log = job.output / TRAINING_LOG_FILE
+        self.minutes = job.settings.checkpoint_minutes
+        self.is_main, self.evaluation, self.reporter = rank.is_main, evaluation, reporter
+        self.writer = _writer(job, rank, prepared)
+        self.saved_at = time.monotonic()
+        # The place in the data: the epoch, and how many of its steps were made when the training began.
+        self.epoch, self.steps = 0, 0
+        self.epoch_began = 0
+        # transformers saves and loads for its own kinds of model; when, where and what are ours.
+        self.trainer = cast("Any", prepared.trainer)
+        self.init_training_state = self.trainer._init_training_state
+        self.trainer._save_checkpoint = lambda model, trial: self.save()
+        self.trainer._load_from_checkpoint = self._load_weights
+        self.trainer._init_training_state = self._init_training_state
+
+    def resume(self) -> str | None:
+        """The newest checkpoint, for `Trainer.train`; what is not the Trainer's own is taken up here."""
+        found: Path | None = from_main(self._newest() if self.is_main else None)
+        if found is None:
+            return None
+        told = json.loads((found / _PROGRESS).read_text())
+        self.epoch, self.steps = told["epoch"], told["steps"]
+        self.evaluation.go_on(told["dev"], found / _BEST)
+        if self.reporter is not None:
+            self.reporter.go_on(found / TRAINING_LOG_FILE, told["seconds"])
+            logger.info("going on after step %d, from %s", told["step"], found)
+        return str(found)
+
+    # ------------------------------------------------------------------------------- events of the Trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.epoch -= 1
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.epoch += 1
+        self.epoch_began, self.steps = state.global_step - self.steps, 0
+        # Not every sampler is reached by accelerate, and fewer are when batches are skipped.
+        for part in _parts(_["train_dataloader"]):
+            part.set_epoch(self.epoch)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.minutes is None or control.should_training_stop or state.global_step >= state.max_steps:
+            return
+        if state.global_step % max(1, int(args.logging_steps)) == 0:  # the ranks have to agree, which costs a little
+            control.should_save = from_main(time.monotonic() - self.saved_at >= self.minutes * 60)
+
+    # ----------------------------------------------------------------------------------------------- writing
+
+    def save(self) -> None:
+        """Every rank comes here after the same step. Where it cannot be written, the training goes on without it."""
+        step = self.trainer.state.global_step
+        partial = self.folder / f".step-{step}"
+        if self.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        from_all(None)
+        errors = [error for error in from_all(self._write(partial, step)) if error]
+        if self.is_main:
+            if errors:
+                shutil.rmtree(partial, ignore_errors=True)
+                logger.warning("step %d has no checkpoint, the training goes on: %s", step, errors[0])
+            else:
+                self._publish(partial, step)
+        self.saved_at = time.monotonic()
+
+    def _write(self, folder: Path, step: int) -> str | None:
+        """This rank's part; what went wrong."""
+        try:
+            self.trainer._save_optimizer_and_scheduler(str(folder))
+            self.trainer._save_scaler(str(folder))
+            self.trainer._save_rng_state(str(folder))
+            if self.is_main:
+                assert self.reporter is not None
+                self.trainer.state.save_to_json(str(folder / _STATE))
+                torch.save(_tensors(self.trainer), folder / _WEIGHTS)
+                if self.evaluation.best_weights.is_file():
+                    shutil.copyfile(self.evaluation.best_weights, folder / _BEST)
+                shutil.copyfile(self.log, folder / TRAINING_LOG_FILE)
+                progress = {
+                    "step": step,
+                    "epoch": self.epoch,
+                    "steps": step - self.epoch_began,
+                    "seconds": self.reporter.seconds,
+                    "dev": self.evaluation.told(),
+                }
+                (folder / _PROGRESS).write_text(json.dumps(progress))
+        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+            return str(error)
+        return None
+
+    def _publish(self, partial: Path, step: int) -> None:
+        files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+        (partial / _MANIFEST).write_text(json.dumps({"writer": self.writer, "files": files}, indent=2))
+        final = self.folder / f"step-{step}"
+        shutil.rmtree(final, ignore_errors=True)  # a broken one
+        partial.rename(final)
+        for old in _by_step(self.folder)[KEPT:]:
+            shutil.rmtree(old)
+
+    # ----------------------------------------------------------------------------------------------- reading
+
+    def _newest(self) -> Path | None:
+        for path in _by_step(self.folder):
+            broken = self._broken(path)
+            if broken is None:
+                return path
+            logger.warning("%s is not used: %s", path, broken)
+        return None
+
+    def _broken(self, path: Path) -> str | None:
+        try:
+            manifest = json.loads((path / _MANIFEST).read_text())
+            if manifest["writer"] != self.writer:
+                return "it was written by another job, other versions of the libraries, or on another kind of machine"
+            for name, digest in manifest["files"].items():
+                if sha256_of(path / name) != digest:
+                    return f"{name} is not what was written"
+        except (OSError, ValueError, KeyError) as error:
+            return f"it has no good {_MANIFEST}, or not every file: {error}"
+        return None
+
+    def _load_weights(self, folder: str, model: nn.Module | None = None) -> None:
+        found = torch.load(Path(folder) / _WEIGHTS, map_location="cpu", weights_only=True)
+        self.trainer.model.load_state_dict(found["model"])
+        with torch.no_grad():
+            for name, parameter in _learnt_by_losses(self.trainer):
+                parameter.copy_(found["losses"][name])
+
+    def _init_training_state(self, max_steps: int, steps_an_epoch: int, *given: Any) -> tuple[int, int]:
+        found: tuple[int, int] = self.init_training_state(max_steps, steps_an_epoch, *given)
+        if self.trainer.state.global_step == 0:
+            return found
+        # transformers counts by the steps that an epoch was said to have; equal texts never share a batch, so it may
+        # have fewer.
+        if self.steps >= steps_an_epoch:
+            self.epoch, self.steps = self.epoch + 1, 0
+        return self.epoch, self.steps * self.trainer.args.gradient_accumulation_steps
+
+
+def _writer(job: TrainingJob, rank: Rank, prepared: Prepared[Any]) -> str:
+    """Who may go on from a checkpoint: SHA-256 of everything that decides what a step does, but for paths."""
+    without: Any = {"guides": True, "teachers": True, "settings": {"checkpoint_minutes", "logging_steps"}}
+    told = job.model_dump(mode="json", exclude=without)
+    told = {name: value for name, value in told.items() if not isinstance(getattr(job, name), Path)}
+    arithmetic = [rank.world_size, rank.device.partition(":")[0], rank.precision, rank.threads]
+    whole = [told, prepared.rows, arithmetic, [version(name) for name in _LIBRARIES]]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """The newest first."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def _tensors(trainer: Any) -> dict[str, Any]:
+    return {"model": trainer.model.state_dict(), "losses": {n: p.detach() for n, p in _learnt_by_losses(trainer)}}
+
+
+def _learnt_by_losses(trainer: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """What sentence-transformers' losses learn themselves: classifiers, projections."""
+    loss = getattr(trainer, "loss", None)
+    of_model = {id(parameter) for parameter in trainer.model.parameters()}
+    for source, module in loss.items() if isinstance(loss, dict) else [("", loss)]:
+        if isinstance(module, nn.Module):
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad and id(parameter) not in of_model:
+                    yield f"{source}.{name}", parameter
+
+
+def _parts(loader: Any) -> Iterator[Any]:
+    """What of a data loader wants to know the epoch."""
+    seen: set[int] = set()
+    waiting = [loader]
+    while waiting:
+        part = waiting.pop()
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        if hasattr(part, "set_epoch"):
+            yield part
+        waiting += [getattr(part, name, None) for name in ("batch_sampler", "sampler", "dataset", "inner")]

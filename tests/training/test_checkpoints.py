@@ -1,0 +1,180 @@
+"""A training that was killed goes on to the weights of one that was not."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from small_problem import Trained, launch, read_output
+from test_one_process import KINDS, same_weights
+
+from embed_pipeline.errors import TrainingError
+from embed_pipeline.settings import ExtraSourceSettings
+from embed_pipeline.training.callbacks import Reporting
+from embed_pipeline.training.job import TrainingJob
+
+ALWAYS = {"checkpoint_minutes": 0, "logging_steps": 4, "evaluations": 4, "early_stopping_patience": 4}
+
+
+MATRYOSHKA = {"matryoshka_dims": [32, 16, 8], "n_dims_per_step": 2}
+
+
+class PulledPlugError(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupted(
+    job_of: Callable[..., TrainingJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Trained]:
+    """A training that ends without warning when it logs `at`, and is started again."""
+
+    def run(
+        kind: str,
+        at: int,
+        change: Callable[[TrainingJob], TrainingJob] = lambda job: job,
+        between: Callable[[Path], None] = lambda folder: None,
+        **settings: Any,
+    ) -> Trained:
+        job = change(job_of(kind, tmp_path / f"{kind}-{at}", **settings))
+        entry = importlib.import_module(job.entry_point)
+        file = job.write(tmp_path / f"{kind}-{at}.json")
+        with monkeypatch.context() as patch:
+            report = Reporting.on_log
+
+            def pull(self: Reporting, args: Any, state: Any, control: Any, logs: Any = None, **named: Any) -> None:
+                report(self, args, state, control, logs, **named)
+                if state.global_step == at:
+                    raise PulledPlugError
+
+            patch.setattr(Reporting, "on_log", pull)
+            with pytest.raises(PulledPlugError):
+                entry.main(file)
+        between(job.output / "checkpoints")
+        entry.main(file)
+        return read_output(job)
+
+    return run
+
+
+def figures(trained: Trained) -> list[dict[str, float]]:
+    """The log but for what depends on the clock, and the loss, which is a mean since the last start."""
+    rows = [{k: v for k, v in row.items() if k != "seconds" and not k.startswith("train_")} for row in trained.log]
+    return [row for row in rows if set(row) != {"step"}]
+
+
+# Of 24 steps in two epochs, with a checkpoint four steps before.
+WITHIN, BETWEEN, IN_THE_SECOND = 8, 16, 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "at"),
+    [
+        *((kind, settings, IN_THE_SECOND) for kind, settings in KINDS),
+        (*KINDS[0], WITHIN),
+        (*KINDS[1], BETWEEN),
+        # Several sources, a loss that learns something itself, fewer batches an epoch than were announced.
+        ("embedder", {"dropout": 0.1, "gradient_accumulation_steps": 2, "sources": True}, 8),
+        ("embedder", {"loss_wrapper": "MatryoshkaLoss", "loss_wrapper_arguments": MATRYOSHKA}, IN_THE_SECOND),
+        ("embedder", {"lora": {"r": 4, "target_modules": "all-linear"}}, IN_THE_SECOND),
+    ],
+)
+def test_it_ends_with_the_weights_of_an_undisturbed_one(
+    train_here: Callable[..., Trained],
+    interrupted: Callable[..., Trained],
+    kind: str,
+    settings: dict[str, Any],
+    at: int,
+) -> None:
+    change = with_sources if settings.pop("sources", False) else lambda job: job
+    undisturbed = train_here(kind, change, **settings, **ALWAYS)
+    resumed = interrupted(kind, at, change, **settings, **ALWAYS)
+    assert undisturbed.summary["steps"] > at
+    assert same_weights(undisturbed, resumed)
+    assert figures(undisturbed) == figures(resumed)
+    same = ("steps", "epochs", "dev_before", "dev_best", "best_step", "better_on_dev")
+    assert {key: undisturbed.summary[key] for key in same} == {key: resumed.summary[key] for key in same}
+    assert not (resumed.job.output / "checkpoints").exists()
+
+
+def test_only_whole_checkpoints_of_the_same_job_are_used(
+    train_here: Callable[..., Trained], interrupted: Callable[..., Trained], caplog: pytest.LogCaptureFixture
+) -> None:
+    def spoil(folder: Path) -> None:
+        assert sorted(path.name for path in folder.iterdir()) == ["step-4", "step-6"]
+        weights = folder / "step-6" / "weights.pt"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        foreign = folder / "step-9"
+        shutil.copytree(folder / "step-4", foreign)
+        manifest = json.loads((foreign / "manifest.json").read_text())
+        (foreign / "manifest.json").write_text(json.dumps({**manifest, "writer": "somebody else"}))
+
+    settings = {**ALWAYS, "epochs": 1, "logging_steps": 2}
+    undisturbed = train_here("embedder", **settings)
+    with caplog.at_level(logging.INFO):
+        resumed = interrupted("embedder", 8, between=spoil, **settings)
+    assert same_weights(undisturbed, resumed)
+    assert "step-9 is not used: it was written by another job" in caplog.text
+    assert "step-6 is not used: weights.pt is not what was written" in caplog.text
+    assert "going on after step 4" in caplog.text
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_training(
+    train_here: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("embed_pipeline.training.checkpoints.torch.save", full)
+    trained = train_here("embedder", max_steps=2, **{**ALWAYS, "logging_steps": 1})
+    assert trained.summary["steps"] == 2
+    assert "step 1 has no checkpoint, the training goes on: [Errno 28] No space left on device" in caplog.text
+
+
+@pytest.mark.parametrize("whom", ["rank 0", "rank 1", "torchrun"])
+def test_two_processes_go_on_after_a_kill(
+    train: Callable[..., Trained], job_of: Callable[..., TrainingJob], tmp_path: Path, whom: str
+) -> None:
+    settings = {**ALWAYS, "world_size": 2, "epochs": 3, "logging_steps": 2}
+    job = job_of("embedder", tmp_path / "output", **settings)
+    kill_when(job, whom, lambda: (job.output / "checkpoints" / "step-4").is_dir())
+    with pytest.raises(TrainingError):
+        launch(job, tmp_path)
+    assert list((job.output / "checkpoints").glob("step-*"))
+    launch(job, tmp_path)
+    assert same_weights(train("embedder", **settings), read_output(job))
+
+
+def with_sources(job: TrainingJob) -> TrainingJob:
+    told: list[dict[str, Any]] = [
+        {"name": "sts", "kind": "scored", "path": "x"},
+        {"name": "entailment", "kind": "labelled", "path": "x", "loss": "SoftmaxLoss"},
+    ]
+    extra = tuple(ExtraSourceSettings.model_validate(source) for source in told)
+    return job.model_copy(update={"extra_sources": extra})
+
+
+def kill_when(job: TrainingJob, whom: str, ready: Callable[[], bool]) -> None:
+    """SIGKILL to a process of the training that this process starts next."""
+
+    def wait_and_kill() -> None:
+        while not ready():
+            time.sleep(0.01)
+        ranks = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if "RANK" in process.environ() and job.entry_point in " ".join(process.cmdline())
+        ]
+        ranks.sort(key=lambda process: int(process.environ()["RANK"]))
+        (ranks[0].parent() if whom == "torchrun" else ranks[int(whom[-1])]).kill()
+
+    threading.Thread(target=wait_and_kill, daemon=True).start()
