@@ -403,3 +403,23 @@ def test_a_pointer_that_leads_nowhere_says_so_and_is_mended_by_making_it_again(
 
     assert table(store, "raw_pairs", "abc").reused
     assert store.current("raw_pairs") == artifact
+
+
+def test_checkpoints_outlive_a_training_but_not_its_version(store: PipelineStore) -> None:
+    made_by = recipe({"k": 1})
+    folder = store.checkpoints("embedder", made_by)
+    assert folder is not None
+    assert folder == PipelineStore(store.folder.parent, "support").checkpoints("embedder", made_by)
+    assert folder != store.checkpoints("embedder", recipe({"k": 2}))
+
+    (folder / "claim").write_text(f"{platform.node()}~{os.getppid()}")
+    assert store.checkpoints("embedder", made_by) is None, "another living process trains by the same recipe"
+    (folder / "claim").write_text(f"another-machine~{os.getppid()}")
+    assert store.checkpoints("embedder", made_by) == folder
+
+    assert store.abandoned() == []
+    os.utime(folder, (0, 0))
+    assert store.abandoned() == [folder]
+    store.remove_checkpoints("embedder", made_by)
+    assert not folder.exists()
+    store.remove_checkpoints("embedder", made_by)
