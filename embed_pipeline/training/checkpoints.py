@@ -65,6 +65,7 @@ class Checkpoints(TrainerCallback):
         # The place in the data: the epoch, and how many of its steps were made when the training began.
         self.epoch, self.steps = 0, 0
         self.epoch_began = 0
+        self.steps_before, self.seconds_before = 0, 0.0
         # transformers saves and loads for its own kinds of model; when, where and what are ours.
         self.trainer = cast("Any", prepared.trainer)
         self.init_training_state = self.trainer._init_training_state
@@ -79,6 +80,7 @@ class Checkpoints(TrainerCallback):
             return None
         told = json.loads((found / _PROGRESS).read_text())
         self.epoch, self.steps = told["epoch"], told["steps"]
+        self.steps_before, self.seconds_before = told["step"], told["seconds"]
         self.evaluation.go_on(told["dev"], found / _BEST)
         if self.reporter is not None:
             self.reporter.go_on(found / TRAINING_LOG_FILE, told["seconds"])
@@ -90,11 +92,13 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.epoch -= 1
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any
+    ) -> None:
         self.epoch += 1
         self.epoch_began, self.steps = state.global_step - self.steps, 0
         # Not every sampler is reached by accelerate, and fewer are when batches are skipped.
-        for part in _parts(_["train_dataloader"]):
+        for part in _parts(named["train_dataloader"]):
             part.set_epoch(self.epoch)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

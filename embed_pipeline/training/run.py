@@ -69,11 +69,12 @@ def train(
     if reporter is not None:
         trainer.add_callback(Reporting(reporter))
     trainer.add_callback(evaluation)
-    resume_from = None
+    resume_from, steps_before, seconds_before = None, 0, 0.0
     if prepared.resumable:
         checkpoints = Checkpoints(job, rank, prepared, evaluation, reporter)
         trainer.add_callback(checkpoints)
         resume_from = checkpoints.resume()
+        steps_before, seconds_before = checkpoints.steps_before, checkpoints.seconds_before
     started = time.monotonic()
     _run(trainer, job, rank, sum(prepared.rows.values()), resume_from)
     seconds, steps = time.monotonic() - started, trainer.state.global_step
@@ -94,8 +95,8 @@ def train(
         dev_best=evaluation.best,
         better_on_dev=_better(metric, evaluation.before, evaluation.best),
         best_step=evaluation.best_step,
-        train_seconds=round(seconds, 3),
-        steps_per_second=round(steps / seconds, 4),
+        train_seconds=round(seconds_before + seconds, 3),
+        steps_per_second=round((steps - steps_before) / seconds, 4),
         world_size=rank.world_size,
         device=rank.device.partition(":")[0],
         precision=rank.precision,
