@@ -25,7 +25,9 @@ from embed_pipeline.training.job import TrainingJob
 ALWAYS = {"checkpoint_minutes": 0, "logging_steps": 4, "evaluations": 4, "early_stopping_patience": 4}
 
 
-MATRYOSHKA = {"matryoshka_dims": [32, 16, 8], "n_dims_per_step": 2}
+DIMENSIONS = {"matryoshka_dims": [32, 16, 8], "n_dims_per_step": 2}
+MATRYOSHKA = {"loss_wrapper": "MatryoshkaLoss", "loss_wrapper_arguments": DIMENSIONS}
+LORA = {"lora": {"r": 4, "target_modules": "all-linear"}}
 
 
 class PulledPlugError(Exception):
@@ -80,12 +82,12 @@ WITHIN, BETWEEN, IN_THE_SECOND = 8, 16, 20
     ("kind", "settings", "at"),
     [
         *((kind, settings, IN_THE_SECOND) for kind, settings in KINDS),
-        (*KINDS[0], WITHIN),
-        (*KINDS[1], BETWEEN),
+        pytest.param(*KINDS[0], WITHIN, marks=pytest.mark.slow),
+        pytest.param(*KINDS[1], BETWEEN, marks=pytest.mark.slow),
         # Several sources, a loss that learns something itself, fewer batches an epoch than were announced.
         ("embedder", {"dropout": 0.1, "gradient_accumulation_steps": 2, "sources": True}, 8),
-        ("embedder", {"loss_wrapper": "MatryoshkaLoss", "loss_wrapper_arguments": MATRYOSHKA}, IN_THE_SECOND),
-        ("embedder", {"lora": {"r": 4, "target_modules": "all-linear"}}, IN_THE_SECOND),
+        pytest.param("embedder", MATRYOSHKA, IN_THE_SECOND, marks=pytest.mark.slow),
+        pytest.param("embedder", LORA, IN_THE_SECOND, marks=pytest.mark.slow),
     ],
 )
 def test_it_ends_with_the_weights_of_an_undisturbed_one(
@@ -140,7 +142,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_training(
     assert "step 1 has no checkpoint, the training goes on: [Errno 28] No space left on device" in caplog.text
 
 
-@pytest.mark.parametrize("whom", ["rank 0", "rank 1", "torchrun"])
+@pytest.mark.parametrize("whom", [pytest.param("rank 0", marks=pytest.mark.slow), "rank 1", "torchrun"])
 def test_two_processes_go_on_after_a_kill(
     train: Callable[..., Trained], job_of: Callable[..., TrainingJob], tmp_path: Path, whom: str
 ) -> None:
