@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -17,9 +18,11 @@ from embed_pipeline.cleaning.normalise import create_macros
 from embed_pipeline.cleaning.overlap import reject_overlaps
 from embed_pipeline.cleaning.rows import (
     MEMORY_LIMIT,
+    delivered_splits,
     find_near_duplicates,
     load_rows,
     merge_near_duplicates,
+    refuse_empty,
     reject_bad_rows,
     reject_contradictions,
     reject_duplicates,
@@ -118,6 +121,15 @@ def clean(
         )
         with connection:
             create_macros(connection)
+            refuse_left_empty = partial(
+                refuse_empty,
+                connection,
+                settings,
+                left_in="judged",
+                what="query",
+                known=reasons.REASONS,
+                nothing="no rows were delivered",
+            )
             load_rows(connection, raw_file)
             reject_bad_rows(connection, settings)
             unite_texts(connection)
@@ -133,46 +145,23 @@ def clean(
             reject_duplicates(connection)
             reject_queries_without_positive(connection)
             create_links(connection)
-            delivered = _delivered_splits(connection)
+            delivered = delivered_splits(connection)
             remove_split_leaks(connection)
-            _refuse_empty(connection, settings, delivered)
+            refuse_left_empty(delivered)
             refuse_missing(connection, answers, settings)
             cut_missing_splits(connection, settings.split, seed)
             reject_overlaps(connection, settings.split)
             reject_queries_without_positive(connection)
-            _refuse_empty(connection, settings, [*SPLITS])
+            refuse_left_empty([*SPLITS])
             if before:
                 reject_elsewhere(connection, before)
                 reject_queries_without_positive(connection)
-                _refuse_empty(connection, settings, [])
+                refuse_left_empty([])
             group_queries(connection)
             _create_results(connection)
             _check_accounting(connection)
             _write(connection, out)
             return _report(connection, delivered, answers)
-
-
-def _delivered_splits(connection: duckdb.DuckDBPyConnection) -> list[str]:
-    found = connection.execute("SELECT DISTINCT split FROM rows WHERE trim(delivered_split) <> ''").fetchall()
-    return [split for split in SPLITS if (split,) in found]
-
-
-def _refuse_empty(connection: duckdb.DuckDBPyConnection, settings: CleaningSettings, expected: list[str]) -> None:
-    """Train always, and of dev and test those `expected` that are wanted or were delivered."""
-    left = {row[0] for row in connection.execute("SELECT DISTINCT split FROM judged").fetchall()}
-    wanted = {"train", *(s for s in ("dev", "test") if s in expected and getattr(settings.split, s) > 0)}
-    empty = [split for split in SPLITS if split in wanted - left]
-    if not empty:
-        return
-    counts = connection.execute(
-        "SELECT reason, count(*) AS n FROM rejections GROUP BY reason ORDER BY n DESC, reason LIMIT 4"
-    ).fetchall()
-    total = connection.execute("SELECT count(*) FROM rows").fetchall()[0][0]
-    why = "; ".join(f"{n} {reason} ({reasons.REASONS[reason]})" for reason, n in counts) or "no rows were delivered"
-    raise CleaningError(
-        f"no query is left in {' and '.join(empty)} after cleaning {total} rows. Rejected: {why}. Deliver more rows, "
-        "mend the column mapping, or relax `cleaning`"
-    )
 
 
 def _create_results(connection: duckdb.DuckDBPyConnection) -> None:

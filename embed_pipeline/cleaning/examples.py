@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from embed_pipeline.cleaning import reasons
 from embed_pipeline.cleaning.clean import BATCH_ROWS
 from embed_pipeline.cleaning.elsewhere import Apart, CleanedSource, reject_shared
 from embed_pipeline.cleaning.normalise import create_macros
-from embed_pipeline.cleaning.rows import MEMORY_LIMIT, reject
+from embed_pipeline.cleaning.rows import MEMORY_LIMIT, delivered_splits, refuse_empty, reject
 from embed_pipeline.cleaning.splits import LARGE_GROUP_QUERIES, LARGE_GROUP_SHARE, assign_groups, linked_groups
 from embed_pipeline.errors import CleaningError
 from embed_pipeline.settings import CleaningSettings, SourceSettings
@@ -97,23 +98,32 @@ def clean_examples(
         )
         with connection:
             create_macros(connection)
+            refuse_left_empty = partial(
+                refuse_empty,
+                connection,
+                settings,
+                left_in="live",
+                what="row",
+                known=reasons.EXAMPLE_REASONS,
+                nothing="none",
+            )
             _load(connection, raw_file, source)
             _refuse_other_scale(connection, source)
             _reject_bad_rows(connection, source, settings)
             _reject_repeated(connection, source)
             _create_links(connection)
-            delivered = _delivered_splits(connection)
+            delivered = delivered_splits(connection)
             apart = _remove_leaks(connection)
-            _refuse_empty(connection, settings, delivered)
+            refuse_left_empty(delivered)
             apart = _cut_missing_splits(connection, settings, seed, apart)
-            _refuse_empty(connection, settings, [*SPLITS])
+            refuse_left_empty([*SPLITS])
             if before:
                 connection.execute(
                     """CREATE TABLE own_texts AS SELECT DISTINCT row, split, what, key
                        FROM live JOIN links USING (row) WHERE what <> 'document'"""
                 )
                 reject_shared(connection, before, apart)
-                _refuse_empty(connection, settings, [])
+                refuse_left_empty([])
             if source.kind == "labelled":
                 _score_classes(connection, source)
             _create_results(connection, apart)
@@ -231,11 +241,6 @@ def _create_links(connection: duckdb.DuckDBPyConnection) -> None:
     )
 
 
-def _delivered_splits(connection: duckdb.DuckDBPyConnection) -> list[str]:
-    found = connection.execute("SELECT DISTINCT split FROM rows WHERE trim(delivered_split) <> ''").fetchall()
-    return [split for split in SPLITS if (split,) in found]
-
-
 def _leaks(split: str, apart: Apart) -> str:
     """Rows of `split` that share something with a split that goes before."""
     held_out = "('test')" if split == "dev" else "('test', 'dev')"
@@ -300,23 +305,6 @@ def _cut_missing_splits(
 def _linked(apart: Apart) -> str:
     """What `linked_groups` reads: a row is its query."""
     return f"SELECT row AS query_id, what, key FROM links JOIN live USING (row) WHERE what IN ('{apart}', 'document')"
-
-
-def _refuse_empty(connection: duckdb.DuckDBPyConnection, settings: CleaningSettings, expected: list[str]) -> None:
-    left = {row[0] for row in connection.execute("SELECT DISTINCT split FROM live").fetchall()}
-    wanted = {"train", *(s for s in ("dev", "test") if s in expected and getattr(settings.split, s) > 0)}
-    empty = [split for split in SPLITS if split in wanted - left]
-    if not empty:
-        return
-    counts = connection.execute(
-        "SELECT reason, count(*) AS n FROM rejections GROUP BY reason ORDER BY n DESC, reason LIMIT 4"
-    ).fetchall()
-    total = connection.execute("SELECT count(*) FROM rows").fetchall()[0][0]
-    why = "; ".join(f"{n} {reason} ({reasons.EXAMPLE_REASONS[reason]})" for reason, n in counts)
-    raise CleaningError(
-        f"no row is left in {' and '.join(empty)} after cleaning {total} rows. Rejected: {why or 'none'}. Deliver more "
-        "rows, mend the column mapping, or relax `cleaning`"
-    )
 
 
 def _score_classes(connection: duckdb.DuckDBPyConnection, source: SourceSettings) -> None:

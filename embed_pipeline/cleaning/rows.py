@@ -15,6 +15,7 @@ Each function takes the connection that `clean` works on and leaves tables in it
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,9 @@ import pyarrow as pa
 
 from embed_pipeline.cleaning import reasons
 from embed_pipeline.cleaning.near_duplicates import near_duplicate_clusters
+from embed_pipeline.errors import CleaningError
 from embed_pipeline.settings import CleaningSettings, NearDuplicateSettings
+from embed_pipeline.tables import SPLITS
 
 Connection = duckdb.DuckDBPyConnection
 MEMORY_LIMIT = "4GB"  # of DuckDB; beyond it, tables spill to the output's disk
@@ -34,6 +37,42 @@ def reject(connection: Connection, reason: str, found: str) -> None:
     connection.execute(
         f"""INSERT INTO rejections SELECT row, '{reason}', min(detail) FROM ({found})
             WHERE row NOT IN (SELECT row FROM rejections) GROUP BY row"""
+    )
+
+
+def delivered_splits(connection: Connection) -> list[str]:
+    found = connection.execute("SELECT DISTINCT split FROM rows WHERE trim(delivered_split) <> ''").fetchall()
+    return [split for split in SPLITS if (split,) in found]
+
+
+def refuse_empty(
+    connection: Connection,
+    settings: CleaningSettings,
+    expected: Sequence[str],
+    *,
+    left_in: str,
+    what: str,
+    known: Mapping[str, str],
+    nothing: str,
+) -> None:
+    """Nothing may be empty of train, nor of those of dev and test `expected` that are wanted or were delivered.
+
+    `left_in` is the table of what is left, `known` what each reason means, `nothing` the word where none was rejected.
+    Raises CleaningError.
+    """
+    left = {row[0] for row in connection.execute(f"SELECT DISTINCT split FROM {left_in}").fetchall()}
+    wanted = {"train", *(s for s in ("dev", "test") if s in expected and getattr(settings.split, s) > 0)}
+    empty = [split for split in SPLITS if split in wanted - left]
+    if not empty:
+        return
+    counts = connection.execute(
+        "SELECT reason, count(*) AS n FROM rejections GROUP BY reason ORDER BY n DESC, reason LIMIT 4"
+    ).fetchall()
+    total = connection.execute("SELECT count(*) FROM rows").fetchall()[0][0]
+    why = "; ".join(f"{n} {reason} ({known[reason]})" for reason, n in counts) or nothing
+    raise CleaningError(
+        f"no {what} is left in {' and '.join(empty)} after cleaning {total} rows. Rejected: {why}. Deliver more rows, "
+        "mend the column mapping, or relax `cleaning`"
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +89,19 @@ def check_folders(models: ComparedModels) -> None:
         read_serving(models.reranker)
 
 
+@contextmanager
+def measuring(champion: ChampionModels) -> Iterator[None]:
+    """Whatever fails in the body says that the champion cannot be compared with. Raises ModelError."""
+    try:
+        yield
+    except Exception as error:  # anything that a broken or outdated model may raise
+        raise ModelError(
+            f"the champion ({champion.title}) can no longer be measured: {error}. Nothing is promoted unseen: "
+            "mend its folder, or go back with `embed-pipeline rollback`, or take it out of service with "
+            "`embed-pipeline retire`, and materialize evaluation again"
+        ) from error
+
+
 @dataclass
 class Rankings:
     """Every system's ranking, made one after the other so that one model is in memory at a time."""
@@ -113,19 +128,13 @@ class Rankings:
         champion = self.models.champion
         if champion is None:
             return
-        try:
+        with measuring(champion):
             embedded = self._embed(CHAMPION_EMBEDDER, champion.embedder, None)
             if champion.reranker is None:
                 return
             weight, _ = read_serving(champion.reranker)
             candidates = self.rankings[CHAMPION_EMBEDDER].of_rows(self.sampled)
             logits = self._rerank(CHAMPION_PAIR, candidates, champion.reranker / MODEL_FOLDER, None)
-        except Exception as error:  # anything that a broken or outdated model may raise
-            raise ModelError(
-                f"the champion ({champion.title}) can no longer be measured: {error}. Nothing is promoted unseen: "
-                "mend its folder, or go back with `embed-pipeline rollback`, or take it out of service with "
-                "`embed-pipeline retire`, and materialize evaluation again"
-            ) from error
         self.rankings[CHAMPION_PAIR] = reordered(candidates, logits, weight)
         self.milliseconds[CHAMPION_PAIR] += embedded.milliseconds_per_query
 

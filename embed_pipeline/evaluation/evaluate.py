@@ -126,9 +126,6 @@ def evaluate(
     now = datetime.now(UTC).isoformat(timespec="seconds")
     this = point_of(THIS, now, made_from.get("cleaned_pairs", ""), summary, gate.metric, verdict.outcome)
     details = _details(ranked, rankings, values, summary, verdict, [*history, this], title, made_from)
-    write_json(out / SUMMARY_FILE, [row.model_dump(mode="json") for row in summary])
-    write_json(out / DETAILS_FILE, details.model_dump(mode="json"))
-    write_json(out / EVALUATORS_FILE, [row.model_dump(mode="json") for row in details.sources])
     write_parity(
         collection,
         models.embedder,
@@ -137,10 +134,7 @@ def evaluate(
         trust_embedder_code=models.trust_embedder_code,
         trust_reranker_code=models.trust_reranker_code,
     )
-    write_report(out)
-    logger.info("%s", details.headline)
-    logger.info("%s", verdict.sentence)
-    return EvaluationReport(summary=summary, details=details)
+    return write_results(out, summary, details)
 
 
 def _details(
@@ -343,6 +337,16 @@ def _first(found: np.ndarray, relevant: np.ndarray) -> int | None:
     return int(at[0]) + 1 if len(at) else None
 
 
-def write_json(path: Path, content: object) -> None:
-    """As every table of an evaluation for people is written."""
+def write_results(out: Path, summary: list[Comparison], details: Details) -> EvaluationReport:
+    """What every evaluation leaves for people: figures, evaluators, the report; its verdict in the log."""
+    _write_json(out / SUMMARY_FILE, [row.model_dump(mode="json") for row in summary])
+    _write_json(out / DETAILS_FILE, details.model_dump(mode="json"))
+    _write_json(out / EVALUATORS_FILE, [row.model_dump(mode="json") for row in details.sources])
+    write_report(out)
+    logger.info("%s", details.headline)
+    logger.info("%s", details.gate.sentence)
+    return EvaluationReport(summary=summary, details=details)
+
+
+def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

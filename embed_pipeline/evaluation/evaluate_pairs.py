@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from embed_pipeline.errors import ModelError
 from embed_pipeline.evaluation.beside import Beside
-from embed_pipeline.evaluation.compared import ComparedModels, check_folders
+from embed_pipeline.evaluation.compared import ComparedModels, check_folders, measuring
 from embed_pipeline.evaluation.comparison import BASE_EMBEDDER, CHAMPION_EMBEDDER, EMBEDDER, Comparison
-from embed_pipeline.evaluation.evaluate import write_json
+from embed_pipeline.evaluation.evaluate import write_results
 from embed_pipeline.evaluation.evaluators import EmbedderEvaluators
 from embed_pipeline.evaluation.gate import judge
 from embed_pipeline.evaluation.guard_sets import GuardSet, Part
 from embed_pipeline.evaluation.history import THIS, HistoryPoint, point_of
 from embed_pipeline.evaluation.parity import write_parity
-from embed_pipeline.evaluation.report import write_report
 from embed_pipeline.evaluation.results import (
-    DETAILS_FILE,
-    EVALUATORS_FILE,
-    SUMMARY_FILE,
     Details,
     EvaluationReport,
     PairChange,
@@ -34,8 +28,6 @@ from embed_pipeline.mining.report import excerpt
 from embed_pipeline.models.embedder import Embedder
 from embed_pipeline.settings import EncodingSettings, EvaluationSettings, GateSettings, Precision
 from embed_pipeline.tables import SIMILARITIES, SIMILARITIES_FILE, write
-
-logger = logging.getLogger(__name__)
 
 _WHAT = {
     BASE_EMBEDDER: "the embedder before fine-tuning",
@@ -92,14 +84,8 @@ def evaluate_pairs(
         beside.measure(system, embedder)
 
     if models.champion is not None:  # first: where it no longer loads, there is nothing to compare with
-        try:
+        with measuring(models.champion):
             measure(CHAMPION_EMBEDDER, models.champion.embedder, None)
-        except Exception as error:  # anything that a broken or outdated model may raise
-            raise ModelError(
-                f"the champion ({models.champion.title}) can no longer be measured: {error}. Nothing is promoted "
-                "unseen: mend its folder, or go back with `embed-pipeline rollback`, or take it out of service with "
-                "`embed-pipeline retire`, and materialize evaluation again"
-            ) from error
     for system, (folder, encoding) in embedders.items():
         measure(system, folder, encoding)
     write(pairs.table(), SIMILARITIES, out / SIMILARITIES_FILE)
@@ -150,9 +136,6 @@ def evaluate_pairs(
         confidence=settings.confidence,
         versions=made_from,
     )
-    write_json(out / SUMMARY_FILE, [row.model_dump(mode="json") for row in summary])
-    write_json(out / DETAILS_FILE, details.model_dump(mode="json"))
-    write_json(out / EVALUATORS_FILE, [row.model_dump(mode="json") for row in details.sources])
     write_parity(
         pairs.pairs,
         models.embedder,
@@ -161,10 +144,7 @@ def evaluate_pairs(
         trust_embedder_code=models.trust_embedder_code,
         trust_reranker_code=False,
     )
-    write_report(out)
-    logger.info("%s", details.headline)
-    logger.info("%s", verdict.sentence)
-    return EvaluationReport(summary=summary, details=details)
+    return write_results(out, summary, details)
 
 
 def _notes(pairs: int, seen: int) -> list[str]:

@@ -28,7 +28,8 @@ from embed_pipeline.artifacts import sha256_of
 from embed_pipeline.training.callbacks import DevEvaluation
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TRAINING_LOG_FILE, TrainingJob
-from embed_pipeline.training.process import Rank, from_all, from_main
+from embed_pipeline.training.modules import learnt_by_losses
+from embed_pipeline.training.process import Rank, from_all, from_main, wait
 from embed_pipeline.training.reporting import Reporter
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class Checkpoints(TrainerCallback):
         if self.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        from_all(None)
+        wait()
         errors = [error for error in from_all(self._write(partial, step)) if error]
         if self.is_main:
             if errors:
@@ -222,12 +223,8 @@ def _tensors(trainer: Any) -> dict[str, Any]:
 def _learnt_by_losses(trainer: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """What sentence-transformers' losses learn themselves: classifiers, projections."""
     loss = getattr(trainer, "loss", None)
-    of_model = {id(parameter) for parameter in trainer.model.parameters()}
-    for source, module in loss.items() if isinstance(loss, dict) else [("", loss)]:
-        if isinstance(module, nn.Module):
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad and id(parameter) not in of_model:
-                    yield f"{source}.{name}", parameter
+    losses = loss if isinstance(loss, dict) else {"": loss}
+    return learnt_by_losses({name: one for name, one in losses.items() if isinstance(one, nn.Module)}, trainer.model)
 
 
 def _parts(loader: Any) -> Iterator[Any]:
@@ -241,4 +238,4 @@ def _parts(loader: Any) -> Iterator[Any]:
         seen.add(id(part))
         if hasattr(part, "set_epoch"):
             yield part
-        waiting += [getattr(part, name, None) for name in ("batch_sampler", "sampler", "dataset", "inner")]
+        waiting += [getattr(part, name, None) for name in ("batch_sampler", "sampler", "dataset")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -93,3 +94,12 @@ def _set_dropout(model: nn.Module, share: float) -> None:
         # Architectures that hand a number to the attention function instead of having a layer for it.
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = share  # type: ignore[assignment]
+
+
+def learnt_by_losses(losses: Mapping[str, nn.Module], model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What losses learn besides the model (classifiers, projections), as `<source>.<parameter>`."""
+    of_model = {id(parameter) for parameter in model.parameters()}
+    for source, loss in losses.items():
+        for name, parameter in loss.named_parameters():
+            if parameter.requires_grad and id(parameter) not in of_model:
+                yield f"{source}.{name}", parameter

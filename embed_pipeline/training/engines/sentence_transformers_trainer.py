@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from embed_pipeline.training.arguments import check_steps, trainer_arguments
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.job import TrainingJob
+from embed_pipeline.training.modules import learnt_by_losses
 from embed_pipeline.training.process import Rank
 from embed_pipeline.training.sources import TrainingSource
 
@@ -112,21 +113,17 @@ def _set_epoch(sampler: BatchSampler, epoch: int) -> None:
 class SharedHeads(TrainerCallback):
     """Averages the gradients of what a loss itself learns (a classifier, a projection): DDP knows the model alone."""
 
-    def __init__(self, losses: list[nn.Module], model: nn.Module) -> None:
-        of_model = {id(parameter) for parameter in model.parameters()}
-        self.parameters = [
-            parameter for loss in losses for parameter in loss.parameters() if id(parameter) not in of_model
-        ]
+    def __init__(self, losses: dict[str, nn.Module], model: nn.Module) -> None:
+        self.parameters = [parameter for _, parameter in learnt_by_losses(losses, model)]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         for parameter in self.parameters:
-            if parameter.requires_grad:
-                if parameter.grad is None:  # another source's step
-                    parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= torch.distributed.get_world_size()
+            if parameter.grad is None:  # another source's step
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= torch.distributed.get_world_size()
 
 
 def prepare_trainer(
@@ -168,7 +165,7 @@ def prepare_trainer(
     )
     prepared.samplers = {source.name: settings.batch_sampler or source.facts.sampler for source in sources}  # type: ignore[attr-defined]
     prepared.batches_a_step = rank.world_size  # type: ignore[attr-defined]
-    heads = SharedHeads([loss for _, loss in made.values()], model)
+    heads = SharedHeads({name: loss for name, (_, loss) in made.items()}, model)
     if heads.parameters and rank.world_size > 1:
         prepared.add_callback(heads)
     return Prepared(prepared, model, {name: len(rows) for name, (rows, _) in made.items()})
