@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +15,7 @@ from rich.table import Table
 from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_in, store_root
 from embed_pipeline.champions import Champion, Promotion, models_of, read_history
 from embed_pipeline.errors import UserError
+from embed_pipeline.launch.nodes import NODES_FOLDER, join
 from embed_pipeline.tables import source_folder
 from embed_pipeline.training.job import MODEL_FOLDER
 
@@ -82,6 +86,24 @@ def verify(pipeline: str) -> None:
             artifact = store.current(asset)
             artifact.verify()
             click.echo(f"{pipeline}/{asset} {artifact.version}: {len(artifact.manifest.files)} files as published")
+
+
+@main.command("join")
+@click.argument("pipelines", nargs=-1)
+@click.option("--jobs", type=click.IntRange(min=1), help="Leave after so many; without it, stay for ever.")
+def join_jobs(pipelines: tuple[str, ...], jobs: int | None) -> None:
+    """Be a node for the jobs of PIPELINES (all in the store, if none is named) that `launch.kind: nodes` announces."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    store = store_root()
+    click.echo(f"waiting for jobs of {', '.join(pipelines) or 'every pipeline'} in {store}", err=True)
+
+    def folders() -> list[Path]:
+        named = pipelines or sorted(path.name for path in store.glob("*") if path.is_dir())
+        return [store / name / NODES_FOLDER for name in named]
+
+    # Stopped as a service is, it ends what it takes part in; so does Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    join(folders, jobs=jobs)
 
 
 @main.command()

@@ -855,6 +855,74 @@ class HubSettings(Settings):
         return self
 
 
+class LaunchSettings(Settings):
+    """Where the jobs of a pipeline run. Their code and their results are the same everywhere."""
+
+    kind: Literal["local", "nodes", "slurm"] = Field(
+        "local",
+        description="local: on this machine; nodes: here and on the machines that run `embed-pipeline join`; slurm: in "
+        "an allocation of a Slurm cluster",
+    )
+    nnodes: int = Field(1, ge=1, description="nodes, slurm: machines that take part, this one included for nodes")
+    rdzv_endpoint: str | None = Field(
+        None, description="nodes: host:port of this machine, as the others reach it; torchrun meets there"
+    )
+    wait_minutes: float = Field(15.0, gt=0, description="nodes: a job fails when the others have not joined by then")
+    max_restarts: int = Field(
+        0,
+        ge=0,
+        description="times that torchrun starts all processes again, from the last checkpoint, whatever ended them. 0 "
+        "leaves it to automation.retries, which knows a passing cause from a lasting one",
+    )
+    gpus_per_node: int | None = Field(
+        None, ge=1, description="slurm: asked for; nproc_per_node: auto is one process for each of them"
+    )
+    sbatch: dict[str, str | int] = Field(
+        default_factory=dict,
+        description='slurm: options of sbatch by their long names, e.g. {partition: gpu, time: "12:00:00", mem: 64G}',
+    )
+    setup: str = Field("", description="slurm: shell lines before the job, e.g. module load cuda")
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this machine's own GPUs say nothing about those that a job will have."""
+        return self.kind == "slurm"
+
+    @model_validator(mode="after")
+    def _keys_of_this_kind(self) -> LaunchSettings:
+        belong = {
+            "nnodes": ("nodes", "slurm"),
+            "rdzv_endpoint": ("nodes",),
+            "wait_minutes": ("nodes",),
+            "gpus_per_node": ("slurm",),
+            "sbatch": ("slurm",),
+            "setup": ("slurm",),
+        }
+        for key, kinds in belong.items():
+            default = type(self).model_fields[key].get_default(call_default_factory=True)
+            if self.kind not in kinds and getattr(self, key) != default:
+                raise ValueError(f"`{key}` belongs to launch.kind {' or '.join(kinds)}, not to {self.kind}")
+        if self.kind == "nodes":
+            if self.nnodes < 2:
+                raise ValueError("launch.kind nodes needs `nnodes`: how many machines take part, 2 or more")
+            host, _, port = (self.rdzv_endpoint or "").rpartition(":")
+            if not host or not port.isdecimal():
+                raise ValueError(
+                    f"launch.kind nodes needs `rdzv_endpoint`, host:port of this machine, e.g. 10.0.0.1:29400; found "
+                    f"{self.rdzv_endpoint!r}"
+                )
+        if own := sorted(SBATCH_OWN & {key.lstrip("-") for key in self.sbatch}):
+            raise ValueError(f"launch.sbatch: {', '.join(own)} are set by the pipeline itself. Leave them out")
+        return self
+
+
+# Options of sbatch that follow from other settings, or without which a job could not be followed.
+SBATCH_OWN = {
+    *("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "job-name", "output", "error", "open-mode", "wrap"),
+    *("array", "requeue", "no-requeue", "export", "parsable", "wait", "input", "chdir"),
+}
+
+
 class TrackingSettings(Settings):
     """What goes to MLflow."""
 
@@ -879,6 +947,7 @@ class PipelineSettings(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     forgetting: ForgettingSettings = ForgettingSettings()
     gate: GateSettings = GateSettings()
+    launch: LaunchSettings = LaunchSettings()
     automation: AutomationSettings = AutomationSettings()
     tracking: TrackingSettings = TrackingSettings()
     card: CardSettings = CardSettings()

@@ -22,8 +22,9 @@ from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Re
 from embed_pipeline.champions import Champion, models_of, pair_key, pointer, read_history
 from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError, HubError
 from embed_pipeline.evaluation.guard_files import guard_digest
-from embed_pipeline.launch.torchrun import has_gpu_driver, processes_per_node
-from embed_pipeline.launch.training import launch_training
+from embed_pipeline.launch.nodes import NODES_FOLDER
+from embed_pipeline.launch.torchrun import has_gpu_driver, world_size
+from embed_pipeline.launch.training import Place, launch_training
 from embed_pipeline.models.folder import pair_length
 from embed_pipeline.models.source import locate, weights_digest
 from embed_pipeline.settings import (
@@ -82,7 +83,7 @@ CODE_VERSIONS = {
     "hub": "1",
 }
 
-Launch = Callable[["TrainingJob", Path, "TrackedRun | None"], None]
+Launch = Callable[["TrainingJob", Path, "TrackedRun | None", Place], None]
 """Runs a training job (its file is the second argument) to its end; raises TrainingError if it fails."""
 
 
@@ -116,6 +117,11 @@ class Pipeline:
             )
         except ValidationError as error:
             raise ConfigurationError(f"this run's overrides do not fit the other stages: {error}") from error
+
+    @property
+    def place(self) -> Place:
+        """Where its jobs run."""
+        return Place(self.settings.launch, self.store.folder / NODES_FOLDER)
 
     def recipe(
         self, asset: str, inputs: Sequence[Artifact], digests: Mapping[str, str], settings: Mapping[str, Any]
@@ -261,14 +267,14 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
         cleaned = pipeline.store.get("cleaned_pairs", negatives.input("cleaned_pairs"))
     inputs = [cleaned] if negatives is None else [cleaned, negatives]
     base = locate(settings.base_model, pipeline.folder)
-    processes = processes_per_node(settings.nproc_per_node)
+    processes = world_size(pipeline.settings.launch, settings.nproc_per_node)
     guides, teachers = _learnt_from(pipeline, "guide"), _learnt_from(pipeline, "teacher")
     digests = {
         "base_embedder": weights_digest(base),
         **{f"guide of {name}": weights_digest(folder) for name, folder in guides.items()},
         **{f"teacher of {name}": weights_digest(folder) for name, folder in teachers.items()},
     }
-    told = {**_training_told(settings, processes), **_extra_sources_told(pipeline, "embedder")}
+    told = {**_training_told(pipeline, settings, processes), **_extra_sources_told(pipeline, "embedder")}
     recipe = pipeline.recipe("embedder", inputs, digests, told)
 
     def make(out: Path) -> Made:
@@ -372,13 +378,13 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
     embedder = final_embedder(pipeline)
     cleaned = pipeline.store.get("cleaned_pairs", embedder.input("cleaned_pairs"))
     base, trust_remote_code = base_reranker(pipeline, embedder)
-    processes = processes_per_node(settings.nproc_per_node)
+    processes = world_size(pipeline.settings.launch, settings.nproc_per_node)
     recipe = pipeline.recipe(
         "reranker",
         [cleaned, embedder],
         {"base_reranker": weights_digest(base), **_cross_encoder_digest(pipeline)},
         {
-            **_training_told(settings, processes),
+            **_training_told(pipeline, settings, processes),
             **_mining_told(pipeline, mining),
             **_extra_sources_told(pipeline, "reranker"),
             "rerank_top_k": window,
@@ -890,13 +896,19 @@ def device_kind() -> str:
     return "gpu" if has_gpu_driver() else "cpu"
 
 
-def _training_told(settings: TrainingSettings, processes: int) -> dict[str, Any]:
+def _training_device(pipeline: Pipeline) -> str:
+    """The same for what is trained, perhaps elsewhere than here."""
+    launch = pipeline.settings.launch
+    return ("gpu" if launch.gpus_per_node else "cpu") if launch.elsewhere else device_kind()
+
+
+def _training_told(pipeline: Pipeline, settings: TrainingSettings, processes: int) -> dict[str, Any]:
     """What of a training's settings decides its weights; the base model stands among the inputs."""
     unimportant = {"base_model", "guide", "teacher", "logging_steps", "nproc_per_node", "checkpoint_minutes"}
     return {
         **settings.model_dump(mode="json", exclude=unimportant),
         "processes": processes,
-        "device": device_kind(),
+        "device": _training_device(pipeline),
     }
 
 
@@ -1002,7 +1014,7 @@ def _train(
             tracked.log_inputs(inputs, "training")
             if checkpoints is not None:
                 (checkpoints / "mlflow_run").write_text(tracked.run_id)
-        launch(job, job_file, tracked)
+        launch(job, job_file, tracked, pipeline.place)
         linked.unlink(missing_ok=True)
         if tracked is not None and pipeline.settings.tracking.log_model:
             tracked.log_folder(job.output / MODEL_FOLDER, "model")

@@ -1,7 +1,8 @@
-"""torchrun, which also tells of a rank that a signal ended: `python -m embed_pipeline.launch.agent TORCHRUN_ARGUMENTS`.
+"""torchrun on one node: `python -m embed_pipeline.launch.agent TORCHRUN_ARGUMENTS`.
 
-Such a rank (out of memory, most often) leaves no error file, and torchrun then reports a victim that lost its
-connection, or nothing.
+More than torchrun itself, it tells of a rank that a signal ended: such a rank (out of memory, most often) leaves no
+error file, and torchrun then reports a victim that lost its connection, or nothing. Among several nodes it finds the
+network by which it reaches the others, and ends when whoever launched it is gone.
 """
 
 from __future__ import annotations
@@ -9,19 +10,29 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import sys
+import threading
 from pathlib import Path
 
+import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from embed_pipeline.launch.ending import run_and_leave
-from embed_pipeline.launch.local import meaning_of
+from embed_pipeline.launch.heartbeat import BEAT_SECONDS, HEARTBEAT_VARIABLE, Listener
+from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, meaning_of
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """torchrun's main. Raises what it raises, with the killed rank in TORCHELASTIC_ERROR_FILE if there is one."""
+    endpoint = next((a.partition("=")[2] for a in arguments if a.startswith("--rdzv-endpoint=")), None)
+    if endpoint is not None:
+        arguments = [f"--local-addr={_address_towards(endpoint)}", *arguments]
+    if HEARTBEAT_VARIABLE in os.environ:
+        _end_in_silence(Path(os.environ[HEARTBEAT_VARIABLE]))
     try:
-        run.main()
+        run.main(arguments)
     except ChildFailedError as error:
         # SIGTERM is what torchrun itself sends to the others.
         killed = {
@@ -29,12 +40,41 @@ def main() -> None:
             for rank, failure in error.failures.items()
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
         }
-        if killed and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        if killed and ERROR_FILE_VARIABLE in os.environ:
             rank, exit_code = min(killed.items())
             message = {"message": f"rank {rank} was ended {meaning_of(exit_code)}", "exit_code": exit_code}
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(message))
+            Path(os.environ[ERROR_FILE_VARIABLE]).write_text(json.dumps(message))
         raise
 
 
+def _address_towards(endpoint: str) -> str:
+    """This machine's address as the others reach it; gloo and NCCL are told its interface, unless a user did.
+
+    They would take what the host name resolves to: on many machines a loopback or a container's bridge.
+    """
+    host, _, port = endpoint.rpartition(":")
+    family, *_, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as towards:
+        towards.connect(address)  # sends nothing
+        ours: str = towards.getsockname()[0]
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(one.address == ours for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    return ours
+
+
+def _end_in_silence(heart: Path) -> None:
+    listener = Listener(heart)
+
+    def listen() -> None:
+        while not listener.silent():
+            threading.Event().wait(BEAT_SECONDS)
+        print(f"nothing was heard of the launching process for {listener.seconds:.0f} s: ending", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=listen, name="end_in_silence", daemon=True).start()
+
+
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_leave(lambda: main(sys.argv[1:]))

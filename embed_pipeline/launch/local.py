@@ -1,10 +1,11 @@
-"""Runs a training command on this machine: to its end, or to the end of whoever asked for it."""
+"""Runs the command that launches a job, on this machine: to its end, or to the end of whoever asked for it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,13 @@ from embed_pipeline.errors import TrainingError
 # What ends a training that did nothing wrong: it was preempted, others took the memory, a connection was lost.
 PASSING_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 PASSING_ERRORS = ("ConnectionError", "ConnectionResetError", "TimeoutError", "DistNetworkError", "SignalException")
-TERMINATE_SECONDS = 15.0  # more than torchrun's own --shutdown-timeout, so that it can end its workers itself
+TERMINATE_SECONDS = 12.0  # more than torchrun's own --shutdown-timeout, so that it can end its workers itself
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+# What a process says whose peer is gone: true, but not the cause.
+_VICTIM = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|closed by peer|DistNetworkError|DistStoreError|DistBackendError|"
+    r"NCCL|[Gg]loo|SignalException|RendezvousConnectionError"
+)
 
 
 def run_local(
@@ -32,19 +39,20 @@ def run_local(
     on_poll: Callable[[], None] = lambda: None,
     poll_seconds: float = 0.5,
 ) -> None:
-    """Run a torchrun command to its end; its output goes where this process's output goes.
+    """Run a launch command to its end; its output goes where this process's output goes.
 
     `env` is added to this process's environment. `on_poll` is called every `poll_seconds` while it runs. Whatever is
     raised here meanwhile (an interrupt, a failing `on_poll`) ends torchrun and all its workers and is raised again.
     When this process is killed outright, the kernel ends them (on Linux).
 
-    Raises TrainingError with the first failing rank's cause, as torchrun leaves it in `error_file`; it is `passing`
-    where trying again may help.
+    Raises TrainingError with the first failing rank's cause, as torchrun leaves it in `error_file` (and other nodes in
+    files beside it whose names begin like it); it is `passing` where trying again may help.
     """
-    error_file.unlink(missing_ok=True)
+    for left in _error_files(error_file):
+        left.unlink()
     process = subprocess.Popen(
         [sys.executable, "-m", "embed_pipeline.launch.parent_death", *command],
-        env={**os.environ, **env, "TORCHELASTIC_ERROR_FILE": str(error_file)},
+        env={**os.environ, **env, ERROR_FILE_VARIABLE: str(error_file)},
         start_new_session=True,  # a Ctrl-C in the terminal reaches us alone, and we end torchrun in order
     )
     try:
@@ -79,7 +87,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def training_error(error_file: Path, return_code: int) -> TrainingError:
-    """What ended a training, for a person: the failing rank's exception, or what its exit code means."""
+    """What ended a job, for a person: the failing rank's exception, or what the exit code means."""
     recorded = _recorded_error(error_file)
     if recorded is None:
         return TrainingError(
@@ -102,14 +110,30 @@ class _Recorded:
     message: str
     traceback: str = ""
     exit_code: int = 0  # negative: the signal that ended the rank
+    timestamp: int = 0  # seconds
+
+    @property
+    def is_victim(self) -> bool:
+        return not self.exit_code and _VICTIM.search(self.message) is not None
+
+
+def _error_files(error_file: Path) -> list[Path]:
+    return sorted(error_file.parent.glob(f"{error_file.stem}*{error_file.suffix}"))
 
 
 def _recorded_error(error_file: Path) -> _Recorded | None:
+    """The cause among what the nodes left: no victim's if there is another, then the first."""
+    found = [recorded for path in _error_files(error_file) if (recorded := _read_error(path)) is not None]
+    return min(found, key=lambda recorded: (recorded.is_victim, recorded.timestamp), default=None)
+
+
+def _read_error(path: Path) -> _Recorded | None:
     try:
-        recorded = json.loads(error_file.read_text())
+        recorded = json.loads(path.read_text())
         message = recorded["message"]
         if isinstance(message, dict):
-            return _Recorded(message["message"], message.get("extraInfo", {}).get("py_callstack", ""))
+            told = message.get("extraInfo", {})
+            return _Recorded(message["message"], told.get("py_callstack", ""), timestamp=int(told.get("timestamp", 0)))
         return _Recorded(message, exit_code=recorded.get("exit_code", 0))
     except (OSError, ValueError, KeyError, TypeError):
         # Not there, or cut short with the rank that wrote it: the exit code is what is left to tell.

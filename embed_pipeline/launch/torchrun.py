@@ -1,28 +1,62 @@
-"""The torchrun command of a training job: built once, wherever it then runs. Does not import torch for it."""
+"""The torchrun command of a job: built once, wherever it then runs. Does not import torch for it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from embed_pipeline.settings import LaunchSettings
+
 # Present where NVIDIA's driver (bare metal, WSL) or AMD's is; without one there is no need to import torch to count.
 GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
-SHUTDOWN_SECONDS = 10
+# From SIGTERM to SIGKILL of a rank: time for a checkpoint, and short enough that nothing is left 15 seconds after a
+# cancel.
+SHUTDOWN_SECONDS = 8
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the agents of several nodes meet (torchrun's c10d rendezvous); one of them hosts it."""
+
+    id: str
+    endpoint: str  # host:port
+    nnodes: int
+    wait_seconds: int  # for all nodes to come
+
+    def options(self, *, host: bool | str) -> list[str]:
+        """`host`: whether this agent hosts it, or a word that a shell turns into 0 or 1."""
+        is_host = host if isinstance(host, str) else int(host)
+        return [
+            f"--nnodes={self.nnodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-id={self.id}",
+            f"--rdzv-endpoint={self.endpoint}",
+            f"--rdzv-conf=is_host={is_host},join_timeout={self.wait_seconds}",
+        ]
 
 
 def torchrun_command(
-    entry_point: str, job_file: Path, nproc_per_node: int, *, log_folder: Path | None = None
+    entry_point: str,
+    job_file: Path,
+    nproc_per_node: int,
+    *,
+    max_restarts: int = 0,
+    rendezvous: Sequence[str] = ("--standalone",),
+    log_folder: Path | None = None,
 ) -> list[str]:
-    """The command that trains `job_file` (the only argument of module `entry_point`) in `nproc_per_node` processes.
+    """The command that does `job_file` (the only argument of module `entry_point`) in `nproc_per_node` processes.
 
-    Each rank's output appears on the console behind its rank, and in files under `log_folder` (default: `logs`
-    beside the job file).
+    `rendezvous` are `Rendezvous.options` where there are several nodes. Each rank's output appears on the console
+    behind its rank, and in files under `log_folder` (default: `logs` beside the job file).
     """
     return [
         sys.executable, "-m", "embed_pipeline.launch.agent",
-        "--standalone",
+        *rendezvous,
         f"--nproc-per-node={nproc_per_node}",
+        f"--max-restarts={max_restarts}",
         f"--shutdown-timeout={SHUTDOWN_SECONDS}",
         "--tee=3",
         f"--log-dir={log_folder or job_file.parent / 'logs'}",
@@ -31,8 +65,15 @@ def torchrun_command(
     ]  # fmt: skip
 
 
+def world_size(launch: LaunchSettings, nproc_per_node: Literal["auto"] | int) -> int:
+    """How many processes a job has over all nodes; elsewhere than here, `auto` is one for each GPU asked for."""
+    if nproc_per_node == "auto" and launch.elsewhere:
+        nproc_per_node = launch.gpus_per_node or 1
+    return launch.nnodes * processes_per_node(nproc_per_node)
+
+
 def processes_per_node(setting: Literal["auto"] | int) -> int:
-    """How many processes a training takes on this machine: one on a CPU, one per visible GPU, or the number given."""
+    """How many processes a job has on this machine: one on a CPU, one per visible GPU, or the number given."""
     if setting != "auto":
         return setting
     if not has_gpu_driver():

@@ -1,32 +1,52 @@
-"""A training job on this machine, as every caller starts it: Dagster, a notebook, a benchmark."""
+"""A job in the place where its pipeline's jobs run, as every caller starts it: Dagster, a notebook, a benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from embed_pipeline.launch.local import run_local
+from embed_pipeline.launch.nodes import lead
+from embed_pipeline.launch.slurm import slurm_command
 from embed_pipeline.launch.torchrun import torchrun_command
+from embed_pipeline.settings import LaunchSettings
 from embed_pipeline.tracking.runs import TrackedRun
-from embed_pipeline.training.job import TrainingJob
+from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TrainingJob
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where jobs run, and the folder in which other machines look for them."""
+
+    settings: LaunchSettings
+    announcements: Path
 
 
 def launch_training(
     job: TrainingJob,
     job_file: Path,
     tracked: TrackedRun | None = None,
+    place: Place | None = None,
     *,
     env: Mapping[str, str] | None = None,
     on_poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run `job`, written at `job_file`, to its end; rank 0 joins the MLflow run `tracked`, and no run without it.
+    """Run `job`, written at `job_file`, to its end, on this machine without a `place`.
+
+    Rank 0 joins the MLflow run `tracked`, and no run without it.
 
     Raises TrainingError with the first failing rank's cause.
     """
-    run_local(
-        torchrun_command(job.entry_point, job_file, job.world_size),
-        # An MLflow run of the user's own, named in our environment, is none of the training's business.
-        env={"MLFLOW_RUN_ID": "", **(env or {}), **(tracked.environment if tracked else {})},
-        error_file=job_file.with_name("error.json"),
-        on_poll=on_poll,
-    )
+    launch, error_file = place.settings if place else LaunchSettings(), job_file.with_name("error.json")
+    # An MLflow run of the user's own, named in our environment, is none of the training's business.
+    env = {"MLFLOW_RUN_ID": "", **(env or {}), **(tracked.environment if tracked else {})}
+    if place is not None and launch.kind == "nodes":
+        lead(place.announcements, job.entry_point, job_file, job.world_size, launch, env=env, on_poll=on_poll)
+        return
+    if launch.kind == "slurm":
+        checkpoints = job_file.with_name(CHECKPOINTS_FOLDER)
+        command = slurm_command(job.entry_point, job_file, job.world_size, launch, checkpoints)
+    else:
+        command = torchrun_command(job.entry_point, job_file, job.world_size, max_restarts=launch.max_restarts)
+    run_local(command, env=env, error_file=error_file, on_poll=on_poll)

@@ -1,4 +1,4 @@
-"""A training under Dagster: torchrun on this machine, its rank 0 speaking through Dagster Pipes."""
+"""A training under Dagster: torchrun, here or elsewhere, its rank 0 speaking through Dagster Pipes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import dagster as dg
 
-from embed_pipeline.launch.training import launch_training
+from embed_pipeline.launch.training import Place, launch_training
 from embed_pipeline.tracking.runs import TrackedRun
 from embed_pipeline.training.job import TrainingJob
 
 
 def launch_under_dagster(
-    context: dg.AssetExecutionContext, job: TrainingJob, job_file: Path, tracked: TrackedRun | None
+    context: dg.AssetExecutionContext, job: TrainingJob, job_file: Path, tracked: TrackedRun | None, place: Place
 ) -> None:
     """Run `job` to its end. Step metrics appear as asset observations while it runs; cancelling ends every process.
 
@@ -20,8 +20,9 @@ def launch_under_dagster(
     """
     with dg.open_pipes_session(
         context=context,
-        context_injector=dg.PipesTempFileContextInjector(),
-        message_reader=dg.PipesTempFileMessageReader(),
+        # Rank 0 may be on another machine: its environment tells it all, and what it says lies in the store.
+        context_injector=dg.PipesEnvContextInjector(),
+        message_reader=dg.PipesFileMessageReader(str(job_file.with_name("messages.jsonl").absolute())),
     ) as session:
         seen = 0
 
@@ -36,5 +37,5 @@ def launch_under_dagster(
                     context.log.info(f"step {message['step']}: {shown}")
             seen = len(messages)
 
-        launch_training(job, job_file, tracked, env=session.get_bootstrap_env_vars(), on_poll=report_progress)
+        launch_training(job, job_file, tracked, place, env=session.get_bootstrap_env_vars(), on_poll=report_progress)
         report_progress()
