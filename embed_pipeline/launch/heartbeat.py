@@ -34,8 +34,8 @@ class Heart:
 class Listener:
     """Tells when a heart has been silent for too long. Compares counts, so clocks need not agree."""
 
-    def __init__(self, path: Path, seconds: float = SILENCE_SECONDS) -> None:
-        self.path, self.seconds = path, seconds
+    def __init__(self, path: Path) -> None:
+        self.path, self.seconds = path, SILENCE_SECONDS
         self.heard = ""
         self.at = time.monotonic()
 

@@ -5,7 +5,8 @@ weights and optimizer a checkpoint holds every rank's random numbers, the place 
 log. It is a folder `step-<N>` whose manifest.json is written last and names the job that wrote it. Nothing else is ever
 read: optimizer and random states are pickles.
 
-They lie in `checkpoints` of the job's output, which may be a link to a folder that outlives the output.
+They lie in `checkpoints` of the job's output, which may be a link to a folder that outlives the output. A training that
+is asked to end (cancelled, preempted) writes one first, if it is fast enough for its torchrun.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -67,6 +70,7 @@ class Checkpoints(TrainerCallback):
         self.epoch, self.steps = 0, 0
         self.epoch_began = 0
         self.steps_before, self.seconds_before = 0, 0.0
+        self.asked_to_end = False
         # transformers saves and loads for its own kinds of model; when, where and what are ours.
         self.trainer = cast("Any", prepared.trainer)
         self.init_training_state = self.trainer._init_training_state
@@ -92,6 +96,9 @@ class Checkpoints(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.epoch -= 1
+        # torchrun sends SIGTERM to every rank, and SIGKILL some seconds later.
+        if self.minutes is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked_to_end", True))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any
@@ -105,8 +112,14 @@ class Checkpoints(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.minutes is None or control.should_training_stop or state.global_step >= state.max_steps:
             return
-        if state.global_step % max(1, int(args.logging_steps)) == 0:  # the ranks have to agree, which costs a little
-            control.should_save = from_main(time.monotonic() - self.saved_at >= self.minutes * 60)
+        logged = state.global_step % max(1, int(args.logging_steps)) == 0
+        if logged:  # the ranks have to agree, which costs a little
+            due = time.monotonic() - self.saved_at >= self.minutes * 60
+            told = from_all((due, self.asked_to_end))
+            self.asked_to_end = any(asked for _, asked in told)
+            control.should_save = told[0][0]
+        if self.asked_to_end and (logged or args.world_size == 1):
+            control.should_save = True
 
     # ----------------------------------------------------------------------------------------------- writing
 
@@ -126,6 +139,10 @@ class Checkpoints(TrainerCallback):
             else:
                 self._publish(partial, step)
         self.saved_at = time.monotonic()
+        if self.asked_to_end:
+            wait()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _write(self, folder: Path, step: int) -> str | None:
         """This rank's part; what went wrong."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,8 +39,8 @@ class Rank:
 
 def start_rank(job: TrainingJob) -> Rank:
     """Make this process the rank that torchrun says it is. Raises TrainingError for a job it cannot take part in."""
-    # SIGKILL to torchrun would otherwise leave its workers training.
-    die_with_parent()
+    # SIGKILL to torchrun would otherwise leave its workers training; SIGTERM might find them waiting for each other.
+    die_with_parent(signal.SIGKILL)
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     logging.basicConfig(
