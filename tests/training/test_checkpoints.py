@@ -18,7 +18,8 @@ from small_problem import Trained, launch, read_output
 from test_one_process import KINDS, same_weights
 
 from embed_pipeline.errors import TrainingError
-from embed_pipeline.settings import ExtraSourceSettings
+from embed_pipeline.launch.training import Place, launch_training
+from embed_pipeline.settings import ExtraSourceSettings, LaunchSettings
 from embed_pipeline.training.callbacks import Reporting
 from embed_pipeline.training.job import TrainingJob
 
@@ -152,6 +153,42 @@ def test_two_processes_go_on_after_a_kill(
     with pytest.raises(TrainingError):
         launch(job, tmp_path)
     assert list((job.output / "checkpoints").glob("step-*"))
+    launch(job, tmp_path)
+    assert same_weights(train("embedder", **settings), read_output(job))
+
+
+def test_torchrun_itself_starts_all_processes_again(
+    train: Callable[..., Trained], job_of: Callable[..., TrainingJob], tmp_path: Path
+) -> None:
+    settings = {**ALWAYS, "world_size": 2, "epochs": 3, "logging_steps": 2}
+    job = job_of("embedder", tmp_path / "output", **settings)
+    kill_when(job, "rank 1", lambda: (job.output / "checkpoints" / "step-4").is_dir())
+    place = Place(LaunchSettings(max_restarts=1), tmp_path)
+    launch_training(job, job.write(tmp_path / "job.json"), None, place)
+    resumed = read_output(job)
+    assert same_weights(train("embedder", **settings), resumed)
+    steps = [row["step"] for row in resumed.log if "loss" in row]
+    assert steps == sorted(set(steps))
+
+
+def test_a_training_that_is_asked_to_end_writes_a_checkpoint_first(
+    train: Callable[..., Trained], job_of: Callable[..., TrainingJob], tmp_path: Path
+) -> None:
+    settings = {**ALWAYS, "checkpoint_minutes": 60, "world_size": 2, "epochs": 3, "logging_steps": 2}
+    job = job_of("embedder", tmp_path / "output", **settings)
+
+    def preempt() -> None:
+        log = job.output / "training_log.jsonl"
+        while not (log.is_file() and '"step": 4' in log.read_text()):
+            time.sleep(0.01)
+        (torchrun,) = (p for p in psutil.Process().children() if "embed_pipeline.launch.agent" in p.cmdline())
+        torchrun.terminate()
+
+    threading.Thread(target=preempt, daemon=True).start()
+    with pytest.raises(TrainingError, match="SIGTERM|signal: 15"):
+        launch(job, tmp_path)
+    (checkpoint,) = (job.output / "checkpoints").glob("step-*")
+    assert int(checkpoint.name.removeprefix("step-")) >= 4
     launch(job, tmp_path)
     assert same_weights(train("embedder", **settings), read_output(job))
 

@@ -51,10 +51,11 @@ LEADER = textwrap.dedent(
 
 
 @pytest.fixture(autouse=True)
-def _one_core() -> Iterator[None]:
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """How many processes share a machine's cores decides the last bits: with one core it is the same everywhere."""
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("needs sched_setaffinity")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun sets it where a node has several processes
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     yield
