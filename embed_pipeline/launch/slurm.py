@@ -123,7 +123,8 @@ def main(script: Path) -> int:
         ["sbatch", "--parsable", "--export=ALL", str(script)], capture_output=True, text=True, env=environment
     )
     if submitted.returncode != 0:
-        _leave_error(f"TrainingError: sbatch refused the job: {submitted.stderr.strip()}. See launch.sbatch", 0)
+        told = "; ".join(line.removeprefix("sbatch: error: ") for line in submitted.stderr.splitlines())
+        _leave_error(f"TrainingError: sbatch refused the job: {told}. See launch.sbatch", 0)
         return 1
     job = submitted.stdout.strip().partition(";")[0]
     print(f"Slurm job {job} is submitted", flush=True)

@@ -24,7 +24,11 @@ def test_torchrun_knows_every_option() -> None:
 
     arguments = parse_args(torchrun_command("some.entry_point", Path("/jobs/job.json"), 2)[3:])
     assert (arguments.training_script, arguments.training_script_args) == ("some.entry_point", ["/jobs/job.json"])
-    assert (arguments.nproc_per_node, arguments.shutdown_timeout, arguments.tee) == ("2", 10, "3")
+    assert (arguments.nproc_per_node, arguments.shutdown_timeout, arguments.tee) == (
+        "2",
+        torchrun.SHUTDOWN_SECONDS,
+        "3",
+    )
 
 
 def test_a_number_of_processes_is_taken_and_a_machine_without_a_gpu_has_one(

@@ -185,7 +185,7 @@ def test_a_training_that_is_asked_to_end_writes_a_checkpoint_first(
         torchrun.terminate()
 
     threading.Thread(target=preempt, daemon=True).start()
-    with pytest.raises(TrainingError, match="SIGTERM|signal: 15"):
+    with pytest.raises(TrainingError, match=r"SIGTERM|signal: 15"):
         launch(job, tmp_path)
     (checkpoint,) = (job.output / "checkpoints").glob("step-*")
     assert int(checkpoint.name.removeprefix("step-")) >= 4

@@ -107,12 +107,7 @@ def test_two_nodes_do_one_training_and_a_failure_on_either_ends_both(
         broken = job_of("embedder", tmp_path / "broken", 2, learning_rate=1e30, epochs=100)
         with pytest.raises(TrainingError, match="the loss became nan"):
             launch_training(broken, broken.write(broken.output / "job.json"), None, place)
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "join.log").read_text().count("broken") >= 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        assert joiner.is_running()
-        assert joiner.children() == []
+        wait_until(lambda: joiner.children() == [], joiner, 30)
 
 
 def test_too_few_nodes_and_a_silent_one_are_told(
@@ -194,9 +189,9 @@ def test_a_node_that_dies_ends_the_other_and_a_new_launch_ends_with_the_same_wei
     assert same_weights(read_output(job), undisturbed(job_of, tmp_path, **settings))
 
 
-def wait_until(true: Callable[[], bool], leader: psutil.Popen, seconds: float = 180) -> None:
+def wait_until(true: Callable[[], bool], alive: psutil.Popen, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
-        assert leader.poll() is None
+        assert alive.poll() is None
         time.sleep(0.05)

@@ -147,7 +147,7 @@ def test_the_failing_rank_and_what_slurm_refuses_are_told(
     job = job_of("embedder", tmp_path / "output", 2, learning_rate=1e30, epochs=100)
     with pytest.raises(TrainingError, match=r"^the loss became nan by step \d+, at learning_rate 1e\+30"):
         allocated(job)
-    with pytest.raises(TrainingError, match=r"^sbatch refused the job: .*partition.* See launch.sbatch"):
+    with pytest.raises(TrainingError, match=r"^sbatch refused the job: invalid partition .*\. See launch.sbatch"):
         allocated(job, sbatch={"partition": "none"})
     assert jobs() == {}
 
