@@ -858,10 +858,10 @@ class HubSettings(Settings):
 class LaunchSettings(Settings):
     """Where the jobs of a pipeline run. Their code and their results are the same everywhere."""
 
-    kind: Literal["local", "nodes", "slurm"] = Field(
+    kind: Literal["local", "nodes", "slurm", "ray"] = Field(
         "local",
         description="local: on this machine; nodes: here and on the machines that run `embed-pipeline join`; slurm: in "
-        "an allocation of a Slurm cluster",
+        "an allocation of a Slurm cluster; ray: on one node of a Ray cluster",
     )
     nnodes: int = Field(1, ge=1, description="nodes, slurm: machines that take part, this one included for nodes")
     rdzv_endpoint: str | None = Field(
@@ -875,8 +875,9 @@ class LaunchSettings(Settings):
         "leaves it to automation.retries, which knows a passing cause from a lasting one",
     )
     gpus_per_node: int | None = Field(
-        None, ge=1, description="slurm: asked for; nproc_per_node: auto is one process for each of them"
+        None, ge=1, description="slurm, ray: asked for; nproc_per_node: auto is one process for each of them"
     )
+    address: str | None = Field(None, description="ray: of its dashboard, e.g. http://head:8265")
     sbatch: dict[str, str | int] = Field(
         default_factory=dict,
         description='slurm: options of sbatch by their long names, e.g. {partition: gpu, time: "12:00:00", mem: 64G}',
@@ -886,7 +887,7 @@ class LaunchSettings(Settings):
     @property
     def elsewhere(self) -> bool:
         """Whether this machine's own GPUs say nothing about those that a job will have."""
-        return self.kind == "slurm"
+        return self.kind in ("slurm", "ray")
 
     @model_validator(mode="after")
     def _keys_of_this_kind(self) -> LaunchSettings:
@@ -894,7 +895,8 @@ class LaunchSettings(Settings):
             "nnodes": ("nodes", "slurm"),
             "rdzv_endpoint": ("nodes",),
             "wait_minutes": ("nodes",),
-            "gpus_per_node": ("slurm",),
+            "gpus_per_node": ("slurm", "ray"),
+            "address": ("ray",),
             "sbatch": ("slurm",),
             "setup": ("slurm",),
         }
@@ -911,6 +913,8 @@ class LaunchSettings(Settings):
                     f"launch.kind nodes needs `rdzv_endpoint`, host:port of this machine, e.g. 10.0.0.1:29400; found "
                     f"{self.rdzv_endpoint!r}"
                 )
+        if self.kind == "ray" and self.address is None:
+            raise ValueError("launch.kind ray needs `address`, of the cluster's dashboard, e.g. http://head:8265")
         if own := sorted(SBATCH_OWN & {key.lstrip("-") for key in self.sbatch}):
             raise ValueError(f"launch.sbatch: {', '.join(own)} are set by the pipeline itself. Leave them out")
         return self

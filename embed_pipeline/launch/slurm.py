@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,10 +116,13 @@ def main(script: Path) -> int:
     What Slurm itself did to the job is left where torchrun would leave a rank's error.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    _cancel_left_behind(script)
     folder, heart = script.parent, Heart(script.with_name(HEART_FILE))
     heart.beat()
     environment = {**os.environ, HEARTBEAT_VARIABLE: str(heart.path)}
+    if shutil.which("sbatch") is None:
+        _leave_error("TrainingError: launch.kind is slurm, but there is no `sbatch` on this machine's PATH", 0)
+        return 1
+    _cancel_left_behind(script)
     submitted = subprocess.run(
         ["sbatch", "--parsable", "--export=ALL", str(script)], capture_output=True, text=True, env=environment
     )

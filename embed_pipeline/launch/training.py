@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from embed_pipeline.errors import ConfigurationError
 from embed_pipeline.launch.local import run_local
 from embed_pipeline.launch.nodes import lead
+from embed_pipeline.launch.ray import ray_command
 from embed_pipeline.launch.slurm import slurm_command
 from embed_pipeline.launch.torchrun import torchrun_command
 from embed_pipeline.settings import LaunchSettings
@@ -21,6 +24,15 @@ class Place:
 
     settings: LaunchSettings
     announcements: Path
+
+
+def check_place(launch: LaunchSettings) -> None:
+    """Raises ConfigurationError naming what has to be installed to launch jobs there."""
+    if launch.kind == "ray" and importlib.util.find_spec("ray") is None:
+        raise ConfigurationError(
+            "launch.kind ray needs the package ray, which this environment does not have. Install it: pip install "
+            "--constraint constraints.txt --editable '.[ray]'"
+        )
 
 
 def launch_training(
@@ -47,6 +59,8 @@ def launch_training(
     if launch.kind == "slurm":
         checkpoints = job_file.with_name(CHECKPOINTS_FOLDER)
         command = slurm_command(job.entry_point, job_file, job.world_size, launch, checkpoints)
+    elif launch.kind == "ray":
+        command = ray_command(job.entry_point, job_file, job.world_size, launch, env)
     else:
         command = torchrun_command(job.entry_point, job_file, job.world_size, max_restarts=launch.max_restarts)
     run_local(command, env=env, error_file=error_file, on_poll=on_poll)
