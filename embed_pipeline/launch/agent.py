@@ -31,6 +31,8 @@ def main(arguments: list[str]) -> None:
         arguments = [f"--local-addr={_address_towards(endpoint)}", *arguments]
     if HEARTBEAT_VARIABLE in os.environ:
         _end_in_silence(Path(os.environ[HEARTBEAT_VARIABLE]))
+    # In a store that they share with torchrun, the ranks of a restart would find the addresses of those before them.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         run.main(arguments)
     except ChildFailedError as error:

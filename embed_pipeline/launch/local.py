@@ -97,7 +97,7 @@ def training_error(error_file: Path, return_code: int) -> TrainingError:
     kind, _, text = recorded.message.partition(": ")
     if isinstance(getattr(errors, kind, None), type):
         return TrainingError(text)  # written for the user: the message says it all
-    passing = -recorded.exit_code in PASSING_SIGNALS or kind in PASSING_ERRORS
+    passing = -recorded.exit_code in PASSING_SIGNALS or kind in PASSING_ERRORS or recorded.is_victim
     if recorded.traceback:
         return TrainingError(f"the training failed with {recorded.message}\n\n{recorded.traceback}", passing=passing)
     return TrainingError(f"the training failed: {recorded.message}", passing=passing)
