@@ -24,7 +24,7 @@ from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationErr
 from embed_pipeline.evaluation.guard_files import guard_digest
 from embed_pipeline.launch.nodes import NODES_FOLDER
 from embed_pipeline.launch.torchrun import has_gpu_driver, world_size
-from embed_pipeline.launch.training import Place, launch_training
+from embed_pipeline.launch.training import Site, launch_training
 from embed_pipeline.models.folder import pair_length
 from embed_pipeline.models.source import locate, weights_digest
 from embed_pipeline.settings import (
@@ -83,7 +83,7 @@ CODE_VERSIONS = {
     "hub": "1",
 }
 
-Launch = Callable[["TrainingJob", Path, "TrackedRun | None", Place], None]
+Launch = Callable[["TrainingJob", Path, "TrackedRun | None", Site], None]
 """Runs a training job (its file is the second argument) to its end; raises TrainingError if it fails."""
 
 
@@ -119,9 +119,9 @@ class Pipeline:
             raise ConfigurationError(f"this run's overrides do not fit the other stages: {error}") from error
 
     @property
-    def place(self) -> Place:
+    def site(self) -> Site:
         """Where its jobs run."""
-        return Place(self.settings.launch, self.store.folder / NODES_FOLDER)
+        return Site(self.settings.launch, self.store.folder / NODES_FOLDER)
 
     def recipe(
         self, asset: str, inputs: Sequence[Artifact], digests: Mapping[str, str], settings: Mapping[str, Any]
@@ -1014,7 +1014,7 @@ def _train(
             tracked.log_inputs(inputs, "training")
             if checkpoints is not None:
                 (checkpoints / "mlflow_run").write_text(tracked.run_id)
-        launch(job, job_file, tracked, pipeline.place)
+        launch(job, job_file, tracked, pipeline.site)
         linked.unlink(missing_ok=True)
         if tracked is not None and pipeline.settings.tracking.log_model:
             tracked.log_folder(job.output / MODEL_FOLDER, "model")

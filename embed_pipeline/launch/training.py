@@ -19,14 +19,14 @@ from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TrainingJob
 
 
 @dataclass(frozen=True)
-class Place:
+class Site:
     """Where jobs run, and the folder in which other machines look for them."""
 
     settings: LaunchSettings
     announcements: Path
 
 
-def check_place(launch: LaunchSettings) -> None:
+def check_site(launch: LaunchSettings) -> None:
     """Raises ConfigurationError naming what has to be installed to launch jobs there."""
     if launch.kind == "ray" and importlib.util.find_spec("ray") is None:
         raise ConfigurationError(
@@ -39,22 +39,22 @@ def launch_training(
     job: TrainingJob,
     job_file: Path,
     tracked: TrackedRun | None = None,
-    place: Place | None = None,
+    site: Site | None = None,
     *,
     env: Mapping[str, str] | None = None,
     on_poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run `job`, written at `job_file`, to its end, on this machine without a `place`.
+    """Run `job`, written at `job_file`, to its end, on this machine without a `site`.
 
     Rank 0 joins the MLflow run `tracked`, and no run without it.
 
     Raises TrainingError with the first failing rank's cause.
     """
-    launch, error_file = place.settings if place else LaunchSettings(), job_file.with_name("error.json")
+    launch, error_file = site.settings if site else LaunchSettings(), job_file.with_name("error.json")
     # An MLflow run of the user's own, named in our environment, is none of the training's business.
     env = {"MLFLOW_RUN_ID": "", **(env or {}), **(tracked.environment if tracked else {})}
-    if place is not None and launch.kind == "nodes":
-        lead(place.announcements, job.entry_point, job_file, job.world_size, launch, env=env, on_poll=on_poll)
+    if site is not None and launch.kind == "nodes":
+        lead(site.announcements, job.entry_point, job_file, job.world_size, launch, env=env, on_poll=on_poll)
         return
     if launch.kind == "slurm":
         checkpoints = job_file.with_name(CHECKPOINTS_FOLDER)

@@ -12,7 +12,7 @@ from embed_pipeline.errors import ConfigurationError, ModelError
 from embed_pipeline.evaluation.guard_files import check_guards
 from embed_pipeline.evaluation.nano_beir import check_nano_beir
 from embed_pipeline.exporting.forms import check_packages
-from embed_pipeline.launch.training import check_place
+from embed_pipeline.launch.training import check_site
 from embed_pipeline.models.source import locate
 from embed_pipeline.orchestration.assets import ASSET_FACTORIES
 from embed_pipeline.orchestration.automation import automated
@@ -64,7 +64,7 @@ class RetrievalPipeline(dg.Component):
             if settings.evaluation.nano_beir is not None:
                 check_nano_beir(folder / settings.evaluation.nano_beir)
             check_packages(settings.exports)
-            check_place(settings.launch)
+            check_site(settings.launch)
             _check_local_models(settings, folder)
         except (ConfigurationError, ModelError) as error:
             raise type(error)(f"{yaml_file}: {error}") from error

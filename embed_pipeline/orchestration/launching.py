@@ -6,13 +6,13 @@ from pathlib import Path
 
 import dagster as dg
 
-from embed_pipeline.launch.training import Place, launch_training
+from embed_pipeline.launch.training import Site, launch_training
 from embed_pipeline.tracking.runs import TrackedRun
 from embed_pipeline.training.job import TrainingJob
 
 
 def launch_under_dagster(
-    context: dg.AssetExecutionContext, job: TrainingJob, job_file: Path, tracked: TrackedRun | None, place: Place
+    context: dg.AssetExecutionContext, job: TrainingJob, job_file: Path, tracked: TrackedRun | None, site: Site
 ) -> None:
     """Run `job` to its end. Step metrics appear as asset observations while it runs; cancelling ends every process.
 
@@ -37,5 +37,5 @@ def launch_under_dagster(
                     context.log.info(f"step {message['step']}: {shown}")
             seen = len(messages)
 
-        launch_training(job, job_file, tracked, place, env=session.get_bootstrap_env_vars(), on_poll=report_progress)
+        launch_training(job, job_file, tracked, site, env=session.get_bootstrap_env_vars(), on_poll=report_progress)
         report_progress()

@@ -18,7 +18,7 @@ from test_one_process import same_weights
 
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.launch.slurm import sbatch_script
-from embed_pipeline.launch.training import Place, launch_training
+from embed_pipeline.launch.training import Site, launch_training
 from embed_pipeline.settings import LaunchSettings
 from embed_pipeline.training.job import EmbedderJob, TrainingJob
 
@@ -42,7 +42,7 @@ def allocated(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
     def run(job: TrainingJob, on_poll: Callable[[], None] = lambda: None, nnodes: int = 2, **settings: object) -> None:
         launch = LaunchSettings.model_validate({"kind": "slurm", "nnodes": nnodes, **settings})
         file = job.write(job.output / "job.json")
-        launch_training(job, file, None, Place(launch, Path("unused")), on_poll=on_poll)
+        launch_training(job, file, None, Site(launch, Path("unused")), on_poll=on_poll)
 
     return run
 
@@ -123,6 +123,7 @@ def test_a_cancelled_training_leaves_nothing_on_the_cluster(
 
 
 @needs_slurm
+@pytest.mark.slow
 def test_killing_the_launching_process_cancels_the_job(
     job_of: Callable[..., TrainingJob], cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +132,7 @@ def test_killing_the_launching_process_cancels_the_job(
     code = (
         "import sys; from pathlib import Path; from embed_pipeline.launch.training import *; f = Path(sys.argv[1]); "
         "from embed_pipeline.training.job import EmbedderJob as J; "
-        "launch_training(J.read(f), f, None, Place(LaunchSettings(kind='slurm'), Path()))"
+        "launch_training(J.read(f), f, None, Site(LaunchSettings(kind='slurm'), Path()))"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, str(job.write(job.output / "job.json"))])
     until(lambda: has_steps(job), 120)
