@@ -15,7 +15,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from embed_pipeline.launch.ending import run_and_leave
-from embed_pipeline.launch.local import meaning_of
+from embed_pipeline.launch.local import meaning_of, minutes_waited
 
 
 def main() -> None:
@@ -29,7 +29,9 @@ def main() -> None:
             for rank, failure in error.failures.items()
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
         }
-        if killed and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        # One that hung was killed as well, after the others had given up waiting for it.
+        gave_up = any(minutes_waited(str(failure.message)) for failure in error.failures.values())
+        if killed and not gave_up and "TORCHELASTIC_ERROR_FILE" in os.environ:
             rank, exit_code = min(killed.items())
             message = {"message": f"rank {rank} was ended {meaning_of(exit_code)}", "exit_code": exit_code}
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(message))

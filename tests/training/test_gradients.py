@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from one_step import GRADIENTS_FILE, gradients
+from torch import Tensor
 
 from embed_pipeline.launch.local import run_local
 from embed_pipeline.launch.torchrun import torchrun_command
@@ -90,10 +92,15 @@ def test_two_processes_have_the_gradients_of_one_with_their_rows(
 ) -> None:
     job = job_for(name, tmp_path, 1)
     one = gradients(job)
-    two = torch.load(of_two / job.output.name / GRADIENTS_FILE)
-    assert one.keys() == two.keys()
+    assert apart(one, torch.load(of_two / job.output.name / GRADIENTS_FILE)) < 1e-5
+    if name in ("ranking, cached", "symmetric, cached"):  # in parts or at once is the same step
+        at_once = job_for(name.removesuffix(", cached"), tmp_path, 1).output.name
+        assert apart(one, torch.load(of_two / at_once / GRADIENTS_FILE)) < 1e-5
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Length of the difference over the length of `one`."""
+    assert one.keys() == other.keys()
     assert len(one) > 10
-    length = sum(gradient.square().sum() for gradient in one.values()).sqrt()
-    apart = sum((one[key] - two[key]).square().sum() for key in one).sqrt()
-    assert length > 1e-5
-    assert apart < 1e-5 * length
+    difference = sum(float((one[name] - other[name]).square().sum()) for name in one)
+    return math.sqrt(difference / sum(float(gradient.square().sum()) for gradient in one.values()))
