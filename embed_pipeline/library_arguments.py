@@ -116,6 +116,7 @@ _PLACE = "torchrun and the hardware decide it; see nproc_per_node"
 _FORM = "every process holds the whole model"
 _SAFE = "what watches the training needs it as it is"
 _BATCH = "the batch size decides the weights and is part of every version"
+_ORDER = "neither library's batches are composed by it: one ignores it, the other has no lengths to go by"
 _SAVED = "a reranker's folder does not hold it, so it would be missing when the model is used"
 _REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
@@ -141,6 +142,7 @@ _REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("query_instruction_for_rerank", "passage_instruction_for_rerank", "sep_token"), _SAVED),
     **dict.fromkeys(("trackio_bucket_id", "trackio_static_space_id"), _REPORTING),
     "auto_find_batch_size": _BATCH,
+    **dict.fromkeys(("train_sampling_strategy", "length_column_name"), _ORDER),
     "model_type": "encoder-only models are trained here",
     **dict.fromkeys(("label_names", "label_smoothing_factor", "token"), _SAFE),
 }
