@@ -79,6 +79,7 @@ _OUR_KEYS: Mapping[str, str] = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing",
     "logging_steps": "logging_steps",
+    "ddp_timeout": "collective_timeout_minutes",
     "batch_sampler": "batch_sampler",
     "multi_dataset_batch_sampler": "multi_dataset_batch_sampler",
     "prompts": "encoding.query_prompt and encoding.passage_prompt",
@@ -115,6 +116,7 @@ _PLACE = "torchrun and the hardware decide it; see nproc_per_node"
 _FORM = "every process holds the whole model"
 _SAFE = "what watches the training needs it as it is"
 _BATCH = "the batch size decides the weights and is part of every version"
+_ORDER = "neither library's batches are composed by it: one ignores it, the other has no lengths to go by"
 _SAVED = "a reranker's folder does not hold it, so it would be missing when the model is used"
 _REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
@@ -133,13 +135,14 @@ _REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("resume_from_checkpoint", "restore_callback_states_from_checkpoint"), _RESUME),
     **dict.fromkeys(("ignore_data_skip", "enable_jit_checkpoint"), _RESUME),
     **dict.fromkeys(("seed", "data_seed", "full_determinism"), _SEED),
-    **dict.fromkeys(("use_cpu", "local_rank", "ddp_backend", "ddp_timeout", "accelerator_config"), _PLACE),
+    **dict.fromkeys(("use_cpu", "local_rank", "ddp_backend", "accelerator_config"), _PLACE),
     **dict.fromkeys(("ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph"), _PLACE),
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), _FORM),
     **dict.fromkeys(("logging_nan_inf_filter", "dataloader_drop_last", "remove_unused_columns"), _SAFE),
     **dict.fromkeys(("query_instruction_for_rerank", "passage_instruction_for_rerank", "sep_token"), _SAVED),
     **dict.fromkeys(("trackio_bucket_id", "trackio_static_space_id"), _REPORTING),
     "auto_find_batch_size": _BATCH,
+    **dict.fromkeys(("train_sampling_strategy", "length_column_name"), _ORDER),
     "model_type": "encoder-only models are trained here",
     **dict.fromkeys(("label_names", "label_smoothing_factor", "token"), _SAFE),
 }

@@ -500,7 +500,11 @@ class TrainingSettings(Settings):
         "linear", description="how the rate falls after the warm-up; lr_scheduler_kwargs go under arguments"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are cut to this length")
-    precision: Precision = Field("auto", description="auto: bfloat16 where the hardware has it, else float32")
+    precision: Precision = Field(
+        "auto",
+        description="auto: bfloat16 where the hardware has it, float16 with loss scaling on other NVIDIA GPUs, else "
+        "float32",
+    )
     dropout: float | None = Field(
         None, ge=0.0, lt=1.0, description="while training; unset: the base model's own. 0 saves a third of a CPU's step"
     )
@@ -517,6 +521,12 @@ class TrainingSettings(Settings):
     )
     nproc_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="auto: one process on a CPU, one per visible GPU otherwise"
+    )
+    collective_timeout_minutes: float = Field(
+        30.0,
+        gt=0,
+        description="processes that wait so long for one of their number give up: it hangs. Longer than any dev "
+        "evaluation, for which the others wait",
     )
 
     lora: LoraSettings | None = None
@@ -560,8 +570,17 @@ class EmbedderSettings(TrainingSettings, LossSettings):
     base_model: ModelSource
     encoding: EncodingSettings = EncodingSettings()
     temperature: float = Field(0.02, gt=0, description="divides the cosine similarities in the contrastive loss")
-    negatives_cross_device: bool = Field(True, description="use the other processes' passages as negatives too")
-    sub_batch_size: int | None = Field(None, ge=1, description="gradient caching: encode a batch in parts of this size")
+    negatives_cross_device: bool = Field(
+        True,
+        description="use the other processes' passages as negatives too: several processes take the step that one with "
+        "all their rows would",
+    )
+    sub_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="gradient caching: encode a batch in parts of this size, and keep the activations of one part. "
+        "Engine flag-embedding encodes in such parts, each padded by itself, but keeps all",
+    )
     dev_passages: int = Field(2_000, ge=1, description="corpus of the dev evaluation during training")
 
 

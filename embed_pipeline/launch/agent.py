@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from embed_pipeline.launch.ending import run_and_leave
 from embed_pipeline.launch.heartbeat import BEAT_SECONDS, HEARTBEAT_VARIABLE, Listener
-from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, meaning_of
+from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, meaning_of, minutes_waited
 
 
 def main(arguments: list[str]) -> None:
@@ -42,7 +42,9 @@ def main(arguments: list[str]) -> None:
             for rank, failure in error.failures.items()
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
         }
-        if killed and ERROR_FILE_VARIABLE in os.environ:
+        # One that hung was killed as well, after the others had given up waiting for it.
+        gave_up = any(minutes_waited(str(failure.message)) for failure in error.failures.values())
+        if killed and not gave_up and ERROR_FILE_VARIABLE in os.environ:
             rank, exit_code = min(killed.items())
             message = {"message": f"rank {rank} was ended {meaning_of(exit_code)}", "exit_code": exit_code}
             Path(os.environ[ERROR_FILE_VARIABLE]).write_text(json.dumps(message))

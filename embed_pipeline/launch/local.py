@@ -29,6 +29,9 @@ _VICTIM = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|closed by peer|DistNetworkError|DistStoreError|DistBackendError|"
     r"NCCL|[Gg]loo|SignalException|RendezvousConnectionError"
 )
+# gloo's, a store's and NCCL's words for a process that did not come.
+_GAVE_UP = re.compile(r"(?:Timed out waiting |[Ww]ait timeout after |Timeout\(ms\)=)(\d+)(?:ms)?")
+LAST_WORDS = 20_000  # characters
 
 
 def run_local(
@@ -94,6 +97,17 @@ def training_error(error_file: Path, return_code: int) -> TrainingError:
             f"the training ended {meaning_of(return_code)}, and no rank left an error; its log is above",
             passing=-return_code in PASSING_SIGNALS,
         )
+    waited = minutes_waited(recorded.message)
+    if recorded.exit_code == -signal.SIGABRT:  # how NCCL's watchdog ends a process that waits in vain
+        waited = minutes_waited(_last_words(error_file.with_name("logs")))
+    if waited is not None:
+        return TrainingError(
+            f"a process did not take part in an exchange within {waited:g} minutes (collective_timeout_minutes), so it "
+            "hangs, or does something that takes longer. The last lines of each process, in `logs` beside the job "
+            "file, tell which. If it was rank 0, measuring on dev or encoding with a teacher, raise "
+            "collective_timeout_minutes; over several machines, look at the network between them",
+            passing=True,
+        )
     kind, _, text = recorded.message.partition(": ")
     if isinstance(getattr(errors, kind, None), type):
         return TrainingError(text)  # written for the user: the message says it all
@@ -101,6 +115,19 @@ def training_error(error_file: Path, return_code: int) -> TrainingError:
     if recorded.traceback:
         return TrainingError(f"the training failed with {recorded.message}\n\n{recorded.traceback}", passing=passing)
     return TrainingError(f"the training failed: {recorded.message}", passing=passing)
+
+
+def minutes_waited(message: str) -> float | None:
+    """How long a process waited for another before it gave up, if that is what its error says (gloo, NCCL, a store)."""
+    found = _GAVE_UP.search(message)
+    return float(found.group(1)) / 60_000 if found else None
+
+
+def _last_words(logs: Path) -> str:
+    """The ends of what the processes of the newest launch wrote to stderr, as torchrun keeps it."""
+    launches = sorted((path for path in logs.glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    files = sorted(launches[-1].rglob("stderr.log")) if launches else []
+    return "\n".join(file.read_text(errors="replace")[-LAST_WORDS:] for file in files)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.library_arguments import arguments_for
+from embed_pipeline.training.hardware import arguments_of
 from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.process import Rank
 
@@ -45,6 +46,7 @@ def trainer_arguments(job: TrainingJob, rank: Rank, work: Path) -> dict[str, Any
         "seed": job.seed,
         "data_seed": job.seed,
         "disable_tqdm": not rank.is_main,
+        **arguments_of(rank.hardware),
         **arguments_for(settings, "training"),
     }
 

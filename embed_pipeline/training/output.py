@@ -38,6 +38,11 @@ class Summary:
     world_size: int
     device: str
     precision: str
+    optimizer: str
+    attention: str  # the implementation
+    tf32: bool  # for what stays float32
+    loader_processes: int  # of each process; 0: it loads its rows itself
+    pinned_memory: bool
     threads: int
     seed: int
 

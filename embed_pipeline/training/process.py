@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import datasets
@@ -19,6 +20,7 @@ from transformers.training_args import ParallelMode
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.launch.parent_death import die_with_parent
 from embed_pipeline.models.precision import ResolvedPrecision, default_device, resolve_precision
+from embed_pipeline.training.hardware import Hardware, device_of, look
 from embed_pipeline.training.job import TrainingJob
 
 T = TypeVar("T")
@@ -31,6 +33,7 @@ class Rank:
     device: str  # cpu, mps or cuda:<local rank>
     precision: ResolvedPrecision
     threads: int
+    hardware: Hardware
 
     @property
     def is_main(self) -> bool:
@@ -52,9 +55,8 @@ def start_rank(job: TrainingJob) -> Rank:
             f"this job is for {job.world_size} processes, but {world_size} were started. Start it with torchrun's "
             f"--nproc-per-node times --nnodes = {job.world_size}, or write the job anew"
         )
-    device = default_device()
-    if device == "cuda":
-        device = f"cuda:{local_rank}"
+    device = device_of(default_device(), local_rank, torch.cuda.device_count())
+    if device.startswith("cuda"):
         torch.cuda.set_device(device)
     precision = resolve_precision(job.settings.precision, device)
     if precision == "float16" and not device.startswith("cuda"):
@@ -65,7 +67,15 @@ def start_rank(job: TrainingJob) -> Rank:
     threads = max(1, _usable_cores() // local_size)
     torch.set_num_threads(threads)
     set_seed(job.seed)
-    return Rank(rank, world_size, device, precision, threads)
+    # Processes that load rows are forked after the tokenizer ran, and it would warn that it cannot use threads there.
+    os.register_at_fork(after_in_child=lambda: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false"))
+    if world_size > 1 and not torch.distributed.is_initialized():
+        # Before accelerate does, which gives a CPU's processes no other time than torch's own.
+        torch.distributed.init_process_group(
+            "nccl" if device.startswith("cuda") else "gloo",
+            timeout=timedelta(minutes=job.settings.collective_timeout_minutes),
+        )
+    return Rank(rank, world_size, device, precision, threads, look(device, threads))
 
 
 def check_synchronised(arguments: TrainingArguments, rank: Rank) -> None:

@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,9 +14,12 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import Trainer
 
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.losses import EMBEDDER_LOSSES
+from embed_pipeline.settings import EmbedderSettings
 from embed_pipeline.training.callbacks import DevEvaluation, FiniteLoss, Reporting
 from embed_pipeline.training.checkpoints import Checkpoints
 from embed_pipeline.training.engines import Prepared
+from embed_pipeline.training.hardware import in_force
 from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TrainingJob
 from embed_pipeline.training.modules import merge_adapters
 from embed_pipeline.training.output import Summary
@@ -75,6 +79,8 @@ def train(
         trainer.add_callback(checkpoints)
         resume_from = checkpoints.resume()
         steps_before, seconds_before = checkpoints.steps_before, checkpoints.seconds_before
+    habits = in_force(trainer.args, prepared.model)
+    logger.info("training in %s", habits.told(rank.precision, rank.device))
     started = time.monotonic()
     _run(trainer, job, rank, sum(prepared.rows.values()), resume_from)
     seconds, steps = time.monotonic() - started, trainer.state.global_step
@@ -100,6 +106,7 @@ def train(
         world_size=rank.world_size,
         device=rank.device.partition(":")[0],
         precision=rank.precision,
+        **asdict(habits),
         threads=rank.threads,
         seed=job.seed,
     )
@@ -111,14 +118,26 @@ def _run(trainer: Trainer, job: TrainingJob, rank: Rank, rows: int, resume_from:
         trainer.train(resume_from_checkpoint=resume_from)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"out of GPU memory at batch_size {batch_size} x train_group_size {group_size}: {error}. Lower batch_size, "
-            "set gradient_checkpointing: true, or (embedder) set sub_batch_size"
+            f"out of GPU memory at batch_size {batch_size} x train_group_size {group_size}: {error}. {_smaller(job)}"
         ) from error
     if trainer.state.global_step == 0:
         raise TrainingError(
             f"no step was made: among {rows} rows no {batch_size * rank.world_size} have texts of their own, and equal "
             "texts never share a batch. Lower batch_size or train_group_size"
         )
+
+
+def _smaller(job: TrainingJob) -> str:
+    """What makes a step fit, what costs least first."""
+    settings = job.settings
+    if isinstance(settings, EmbedderSettings) and settings.engine == "sentence-transformers":
+        loss = EMBEDDER_LOSSES[settings.loss_for(job.source_kind)]
+        if loss.caches or loss.cached:  # the batch stays as it is, and so do its negatives
+            part = max(1, (settings.sub_batch_size or settings.batch_size) // 2)
+            return f"Set sub_batch_size: {part} (gradient caching: the same step in parts), or lower batch_size"
+    if not settings.gradient_checkpointing:
+        return "Set gradient_checkpointing: true, or lower batch_size"
+    return "Lower batch_size, and raise gradient_accumulation_steps by as much"
 
 
 def _better(metric: str, before: float | None, after: float | None) -> bool | None:

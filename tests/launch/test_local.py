@@ -108,6 +108,29 @@ def test_the_recorded_error_of_a_rank_is_the_error(tmp_path: Path, recorded: str
         run_local(python(code, json.dumps(content)), env={}, error_file=tmp_path / "error.json")
 
 
+def test_a_process_that_did_not_come_is_told_as_such(tmp_path: Path) -> None:
+    gloo = "RuntimeError: [unbound_buffer.cc:129] Timed out waiting 90000ms for send operation to complete"
+    content = {"message": {"message": gloo, "extraInfo": {}}}
+    code = "import os, sys; open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w').write(sys.argv[1]); sys.exit(1)"
+    with pytest.raises(TrainingError, match=r"did not take part in an exchange within 1\.5 minutes") as raised:
+        run_local(python(code, json.dumps(content)), env={}, error_file=tmp_path / "error.json")
+    assert raised.value.passing
+
+    # NCCL's watchdog says so in the log alone, and aborts the process.
+    log = tmp_path / "logs" / "run" / "attempt_0" / "1" / "stderr.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(
+        "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, NumelIn=9, "
+        "NumelOut=9, Timeout(ms)=600000) ran for 600029 milliseconds before timing out.\n"
+    )
+    aborted = {"message": "rank 0 was ended by SIGABRT", "exit_code": -6}
+    with pytest.raises(TrainingError, match="did not take part in an exchange within 10 minutes"):
+        run_local(python(code, json.dumps(aborted)), env={}, error_file=tmp_path / "error.json")
+    log.write_text("free(): invalid pointer\n")
+    with pytest.raises(TrainingError, match="rank 0 was ended by SIGABRT"):
+        run_local(python(code, json.dumps(aborted)), env={}, error_file=tmp_path / "error.json")
+
+
 def test_an_error_file_of_an_earlier_run_is_not_believed(tmp_path: Path) -> None:
     (tmp_path / "error.json").write_text('{"message": "old"}')
     with pytest.raises(TrainingError, match="exit code 1"):

@@ -9,8 +9,10 @@ from typing import Any
 
 import pyarrow.compute as pc
 import pytest
+import torch
 from safetensors.torch import load_file
 from small_problem import Problem, Trained, launch
+from transformers import Trainer
 
 from embed_pipeline import tables
 from embed_pipeline.errors import ModelError, TrainingError
@@ -161,3 +163,27 @@ def test_a_bug_of_ours_shows_its_traceback(job_of: Callable[..., TrainingJob], t
     job = job_of("embedder", tmp_path / "output").model_copy(update={"base_model": tmp_path / "tokenizer"})
     with pytest.raises(TrainingError, match=r"(?s)the training failed with .*Traceback.*load_sentence_transformer"):
         launch(job, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "advice"),
+    [
+        ("embedder", {}, "Set sub_batch_size: 2"),
+        ("embedder", {"sub_batch_size": 2}, "Set sub_batch_size: 1"),
+        ("embedder", {"engine": "flag-embedding"}, "Set gradient_checkpointing: true"),
+        ("reranker", {"gradient_checkpointing": True}, "raise gradient_accumulation_steps"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_told_with_what_makes_it_fit(
+    train_here: Callable[..., Trained],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    settings: dict[str, Any],
+    advice: str,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "training_step", full)
+    with pytest.raises(TrainingError, match=f"out of GPU memory at batch_size 4 x train_group_size 3: .*{advice}"):
+        train_here(kind, **settings)

@@ -110,3 +110,23 @@ def test_a_preempted_training_may_be_tried_again(endless: TrainingJob, tmp_path:
         launch(endless, tmp_path)
     preemption.join()
     assert raised.value.passing, str(raised.value)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_training_in_time(job_of: Callable[..., TrainingJob], tmp_path: Path) -> None:
+    job = job_of(
+        "embedder", tmp_path / "output", 2, epochs=10_000, early_stopping_patience=100, logging_steps=1,
+        collective_timeout_minutes=0.2,
+    )  # fmt: skip
+
+    def stop_rank_1() -> None:
+        wait_for_steps(job)
+        (rank_1,) = (rank for rank in workers(started_torchrun()) if rank.environ()["RANK"] == "1")
+        rank_1.suspend()
+
+    stopper = threading.Thread(target=stop_rank_1)
+    stopper.start()
+    with pytest.raises(TrainingError, match=r"did not take part in an exchange within 0\.2 minutes") as raised:
+        launch(job, tmp_path)
+    stopper.join()
+    assert raised.value.passing

@@ -13,6 +13,8 @@ from FlagEmbedding.finetune.embedder.encoder_only.base import (
     EncoderOnlyEmbedderTrainingArguments,
 )
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import all_gather_with_grad
+from torch import Tensor
 
 from embed_pipeline.library_arguments import arguments_for
 from embed_pipeline.models.embedder import encoding_of, load_sentence_transformer
@@ -74,11 +76,23 @@ def prepare(job: EmbedderJob, rank: Rank, sources: list[TrainingSource], work: P
         ),
     )
     runner.model.model = model[0].model  # the same parameters in both, adapters included
+    runner.model._dist_gather_tensor = _gathered
     rows = {source.name: source.size for source in sources}
     if runner.data_args.same_dataset_within_batch:  # its rows are whole batches that it shuffles itself
         return Prepared(runner.trainer, model, rows, resumable=False)
     runner.trainer.train_dataset = SeededRows(runner.trainer.train_dataset, job.seed)
     return Prepared(runner.trainer, model, rows)
+
+
+def _gathered(rows: Tensor | None) -> Tensor | None:
+    """Every process's rows, joined in the order of their ranks, with their gradients: (n, d) -> (processes * n, d).
+
+    The library gathers without them. Each process then knows what the common loss means for its own rows alone, and DDP
+    takes the mean of these parts: 4 processes train on a quarter of the gradient (which max_grad_norm sees), and with
+    knowledge_distillation, one of whose losses is not common, on another mixture of the two. With them, several
+    processes take the step of one that has all their rows (tests/training/test_gradients.py).
+    """
+    return None if rows is None else all_gather_with_grad(rows.contiguous())
 
 
 def write_rows(

