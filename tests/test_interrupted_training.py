@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from embed_pipeline.artifacts import PipelineStore
 from embed_pipeline.settings import PipelineSettings
 from embed_pipeline.stages import Pipeline, make_cleaned_pairs, make_embedder, make_hard_negatives, make_raw_pairs
-from embed_pipeline.tracking.runs import tracking_uri
+from embed_pipeline.tracking.server import tracking_uri
 from tests.orchestration.conftest import settings_of, write_pipeline
 
 TRAINING = {"checkpoint_minutes": 0, "logging_steps": 2, "max_steps": 16, "epochs": 4, "dropout": 0.1}
