@@ -49,6 +49,7 @@ class Sender:
         self._client_of = mlflow.MlflowClient
         self._client: Any = None
         self._lock = journal.path.open("rb")
+        self.locked = True
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -56,10 +57,12 @@ class Sender:
             raise
         except OSError as error:  # a file system without locks
             logger.debug("%s cannot be locked: %s", journal.path, error)
+            self.locked = False
         self.mark = journal.mark
         self.error: str | None = None  # of the last try, None when it went well
         self._failures = self._failures_in_a_row = 0
         self._known_to_be_there = False
+        self._at_once = _METRICS_AT_ONCE
         self._changed = threading.Condition()
         self._woken = self._closing = self._left = False
         self._thread = threading.Thread(target=self._run, name="mlflow-sender", daemon=True)
@@ -74,8 +77,8 @@ class Sender:
             self._changed.wait_for(lambda: self.mark.bytes >= target or self._failures > failures, seconds)
             return self.mark.bytes >= target
 
-    def close(self, seconds: float) -> Waiting | None:
-        """Send what is left, for at most `seconds`, until a try fails; returns what MLflow does not have then."""
+    def close(self, seconds: float | None) -> Waiting | None:
+        """Send what is left until a try fails, for at most `seconds` if given; returns what MLflow lacks then."""
         with self._changed:
             self._closing = True
             self._wake()
@@ -125,6 +128,7 @@ class Sender:
                 told,
             )
         self._failures_in_a_row += 1
+        self._at_once = max(1, self._at_once // 4)  # a slow server may not answer to as many in time
         with self._changed:
             self.error = told
             self._failures += 1
@@ -134,6 +138,7 @@ class Sender:
         if self._failures_in_a_row:
             logger.info("MLflow answers again: what waited in %s is being sent", self.journal.path)
         self._failures_in_a_row = 0
+        self._at_once = min(_METRICS_AT_ONCE, 2 * self._at_once)
         with self._changed:
             self.error = None
             self._changed.notify_all()
@@ -144,7 +149,7 @@ class Sender:
         figures = 0
         for entry, end in self.journal.read(self.mark.bytes):
             figures += len(entry.get("metrics", ()))
-            if entries and ("metrics" not in entry or figures > _METRICS_AT_ONCE):
+            if entries and ("metrics" not in entry or figures > self._at_once):
                 break
             entries.append((entry, end))
             if "metrics" not in entry:
@@ -268,20 +273,23 @@ class _Refused(Exception):
     """MLflow will not take it next time either."""
 
 
-def replay(store: Path, seconds: float) -> list[Waiting]:
+def replay(store: Path, seconds: float | None) -> list[Waiting]:
     """Send what waits in the journals of a pipeline, oldest first; returns what still waits when a try fails.
+
+    It takes at most `seconds`, or as long as it goes well.
 
     Those that another process is sending are left to it. A run whose process died without a word ends KILLED.
     """
-    deadline = time.monotonic() + seconds
+    deadline = None if seconds is None else time.monotonic() + seconds
     for journal in journals(store):
         try:
             sender = Sender(journal)
         except (BlockingIOError, FileNotFoundError):
             continue
-        if journal.ended is None:
+        if journal.ended is None and sender.locked:
             journal.append({"ended": "KILLED", "at": now()})
-        if sender.close(max(0.0, deadline - time.monotonic())) is not None:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if sender.close(left) is not None:
             break
         remove_if_over(journal)
     return waiting(store)

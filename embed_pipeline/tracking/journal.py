@@ -14,7 +14,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -135,6 +135,12 @@ class Waiting:
         told = [f"{self.metrics} metrics"] if self.metrics else []
         told += [f"{self.others} other lines"] if self.others else []
         return f"{' and '.join(told)} of {self.journal.asset} wait in {self.journal.path}"
+
+
+def told_where(left: Sequence[Waiting], pipeline: str) -> str:
+    """What waits, and how it gets to MLflow."""
+    waits = "; ".join(one.sentence for one in left)
+    return f"{waits}. The next run of the pipeline sends them, or `embed-pipeline replay-metrics {pipeline}`"
 
 
 def journals(store: Path) -> list[Journal]:

@@ -25,7 +25,7 @@ from embed_pipeline.tracking.delivery import (
     remove_if_over,
     replay,
 )
-from embed_pipeline.tracking.journal import Journal, journals, now
+from embed_pipeline.tracking.journal import Journal, journals, now, told_where
 from embed_pipeline.tracking.metrics import (
     JOURNAL_VARIABLE,
     SYSTEM_METRICS_VARIABLE,
@@ -191,11 +191,8 @@ def tracked_run(
             if status != "KILLED":
                 replay(store.folder, CLOSE_SECONDS)
         else:
-            logger.warning(
-                "MLflow at %s was not told everything: %s. The next run of the pipeline sends them, or "
-                "`embed-pipeline replay-metrics %s`",
-                without_password(tracking_uri()), left.sentence, store.pipeline,
-            )  # fmt: skip
+            told = told_where([left], store.pipeline)
+            logger.warning("MLflow at %s was not told everything: %s", without_password(tracking_uri()), told)
 
 
 def end_runs_of(dagster_run_id: str) -> None:
