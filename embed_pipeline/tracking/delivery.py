@@ -30,7 +30,8 @@ SETTINGS_FILE = "settings.json"
 PARAMETER_LIMIT = 500  # characters; longer values are shortened, the full ones stand in settings.json
 
 OPEN_SECONDS = 30.0  # for the run to be made, before the work begins without it
-CLOSE_SECONDS = 60.0  # for what is left at the end; a server that answers nothing ends it earlier
+CLOSE_SECONDS = 60.0  # for what is left at the end, as long as MLflow takes it
+OUTAGE_SECONDS = 15.0  # for the same, where it took nothing the last time
 _LOOK_SECONDS = 1.0  # between two looks at the journal
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)  # after a failure, after the next one, ...; the last for ever
 _METRICS_AT_ONCE = 1000  # MLflow's limit for a request
@@ -70,9 +71,13 @@ class Sender:
 
     def flush(self, seconds: float) -> bool:
         """Whether MLflow has every line of now, after at most `seconds` or the next try that fails."""
-        target = self.journal.size
+        try:
+            target = self.journal.size
+        except OSError:
+            return False
         with self._changed:
             failures = self._failures
+            seconds = seconds if self.error is None else min(seconds, OUTAGE_SECONDS)
             self._wake()
             self._changed.wait_for(lambda: self.mark.bytes >= target or self._failures > failures, seconds)
             return self.mark.bytes >= target
@@ -82,7 +87,12 @@ class Sender:
         with self._changed:
             self._closing = True
             self._wake()
-        self._thread.join(seconds)
+        started = time.monotonic()
+        while self._thread.is_alive():
+            waited = time.monotonic() - started
+            if (seconds is not None and waited > seconds) or (self.error is not None and waited > OUTAGE_SECONDS):
+                break
+            self._thread.join(0.1)
         with self._changed:
             self._left = True  # a request that hangs may end whenever it likes, but marks nothing any more
         self._lock.close()
@@ -230,15 +240,27 @@ class Sender:
                 logger.warning("MLflow did not take %s of run %s: %s", SETTINGS_FILE, run_id, error)
         elif "inputs" in first:
             data_sets = [_data_set(told, first["context"]) for told in first["inputs"]]
-            self._ask(lambda: self._client.log_inputs(run_id, datasets=data_sets), "the data sets")
+            self._ask(partial(self._client.log_inputs, run_id, datasets=data_sets), "the data sets")
+        elif "tags" in first:
+            for key, value in first["tags"].items():
+                self._ask(partial(self._client.set_tag, run_id, key, value), f"the tag {key}")
         elif "again" in first:
-            self._ask(lambda: self._client.update_run(run_id, status="RUNNING"), "the status RUNNING")
-            if first["again"]:
-                self._ask(lambda: self._client.set_tag(run_id, DAGSTER_RUN_TAG, first["again"]), "Dagster's run")
+            self._ask(partial(self._client.update_run, run_id, status="RUNNING"), "the status RUNNING")
+            self._go_over_to(**first["again"], at=first["at"])
         else:
             for ended in (run_id, self.mark.parent_id):
                 status, at = first["ended"], first["at"]
                 self._ask(partial(self._client.set_terminated, ended, status, at), f"the status {status}")
+
+    def _go_over_to(self, pipeline: str, dagster_run_id: str | None, at: int) -> None:
+        """Another Dagster run goes on with what was interrupted: it stands under that one's parent from now on."""
+        if dagster_run_id is None:
+            return
+        assert self.mark.experiment_id is not None
+        parent_id = _parent_run(self._client, self.mark.experiment_id, pipeline, dagster_run_id, at)
+        for key, value in (("mlflow.parentRunId", parent_id), (DAGSTER_RUN_TAG, dagster_run_id)):
+            self._ask(partial(self._client.set_tag, self.mark.run_id, key, value), f"the tag {key}")
+        self._mark(parent_id=parent_id)
 
     def _batch(self, kind: str, entities: list[Any]) -> None:
         """Send all; where MLflow refuses, one by one, to find which it does not take."""

@@ -4,7 +4,8 @@ Whoever has something to tell appends a line and goes on; `delivery` sends the l
 MLflow, or imports it. A journal is `<store>/.mlflow/<asset>~<when>.jsonl`; the file `.sent` beside it marks how far it
 was sent, and both go when MLflow has everything.
 
-A line is an object with one of the keys `run` (always the first), `again`, `parameters`, `inputs`, `metrics`, `ended`.
+A line is an object with one of the keys `run` (always the first), `again`, `parameters`, `inputs`, `metrics`, `tags`,
+`ended`.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ class Journal:
     @property
     def ended(self) -> dict[str, Any] | None:
         """The last line, where it is the run's final status: nobody is at work on it then."""
+        if not self.path.exists():
+            return None
         last = None
         for entry, _ in self.read():
             last = entry

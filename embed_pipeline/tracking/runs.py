@@ -139,6 +139,7 @@ class TrackedRun:
             "MLflow did not take %s (%s) of %s; it stays in the store: %s",
             name, what.name, self.journal.asset, without_password(str(error)),
         )  # fmt: skip
+        self._tell({"tags": {f"embed_pipeline.in_the_store_only.{name}": what.name}})
 
     def _known(self, value: str | None) -> str:
         if value is None:
@@ -166,12 +167,12 @@ def tracked_run(
     taken_up = None if goes_on is None else _taken_up(store, asset, goes_on)
     if taken_up is None:
         experiment = settings.experiment or store.pipeline
-        told = {"pipeline": store.pipeline, "experiment": experiment, "dagster_run_id": dagster_run_id}
-        journal = Journal.new(store.folder, asset, told)
+        run = {"pipeline": store.pipeline, "experiment": experiment, "dagster_run_id": dagster_run_id}
+        journal = Journal.new(store.folder, asset, run)
         sender = Sender(journal)
     else:
         journal, sender = taken_up
-        journal.append({"again": dagster_run_id, "at": now()})
+        journal.append({"again": {"pipeline": store.pipeline, "dagster_run_id": dagster_run_id}, "at": now()})
     sender.flush(OPEN_SECONDS)
     tracked = TrackedRun(journal, sender, system_metrics=settings.system_metrics, goes_on=taken_up is not None)
     status = "FAILED"
@@ -185,14 +186,16 @@ def tracked_run(
         raise
     finally:
         tracked._tell({"ended": status, "at": now()})
-        left = sender.close(INTERRUPTED_SECONDS if status == "KILLED" else CLOSE_SECONDS)
-        if left is None:
-            remove_if_over(journal)
-            if status != "KILLED":
+        try:
+            left = sender.close(INTERRUPTED_SECONDS if status == "KILLED" else CLOSE_SECONDS)
+            if left is not None:
+                told = told_where([left], store.pipeline)
+                logger.warning("MLflow at %s was not told everything: %s", without_password(tracking_uri()), told)
+            elif status != "KILLED":
+                remove_if_over(journal)
                 replay(store.folder, CLOSE_SECONDS)
-        else:
-            told = told_where([left], store.pipeline)
-            logger.warning("MLflow at %s was not told everything: %s", without_password(tracking_uri()), told)
+        except OSError as error:  # the store's disk: tracking may not cost a finished training
+            logger.warning("it is not known whether MLflow was told everything of %s: %s", journal.path, error)
 
 
 def end_runs_of(dagster_run_id: str) -> None:

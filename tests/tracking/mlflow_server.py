@@ -29,13 +29,18 @@ class MlflowServer:
         return f"http://127.0.0.1:{self.port}"
 
     @property
+    def database_uri(self) -> str:
+        """Its content without the server, whose answers may be slow."""
+        return f"sqlite:///{self.database}"
+
+    @property
     def database(self) -> Path:
         return self.folder / "mlflow.db"
 
     def start(self) -> None:
         files = [
             "--backend-store-uri",
-            f"sqlite:///{self.database}",
+            self.database_uri,
             "--artifacts-destination",
             str(self.folder / "art"),
         ]
@@ -85,7 +90,7 @@ class MlflowServer:
             return False
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it never came true"

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from click.testing import CliRunner
 from mlflow.entities import Run
 from mlflow.utils.validation import _validate_metric, _validate_param_name
 
 from embed_pipeline.artifacts import PipelineStore
+from embed_pipeline.command_line import main
 from embed_pipeline.settings import TrackingSettings
 from embed_pipeline.tracking.delivery import Sender, replay
 from embed_pipeline.tracking.journal import Journal, journals, waiting
@@ -35,7 +37,7 @@ def store(tmp_path: Path, empty_mlflow: Path, monkeypatch: pytest.MonkeyPatch) -
     shutil.copy2(empty_mlflow, tmp_path / "mlflow.db")
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     return PipelineStore(tmp_path / "store", "support")
 
@@ -50,8 +52,9 @@ def running(empty_mlflow: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @contextmanager
-def opened(store: PipelineStore, goes_on: str | None = None) -> Iterator[TrackedRun]:
-    with tracked_run(TrackingSettings(system_metrics=False), store, "embedder", "dagster-1", goes_on=goes_on) as run:
+def opened(store: PipelineStore, goes_on: str | None = None, dagster_run_id: str = "dagster-1") -> Iterator[TrackedRun]:
+    settings = TrackingSettings(system_metrics=False)
+    with tracked_run(settings, store, "embedder", dagster_run_id, goes_on=goes_on) as run:
         yield run
 
 
@@ -131,19 +134,21 @@ def test_a_server_that_hangs_holds_nothing_up_and_has_everything_when_it_goes_on
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", running.uri)
     with opened(store) as run:
-        log(run, range(1, 11))
+        wait_until(lambda: run._sender.flush(60))
         running.freeze()
-        log(run, range(11, 2001))  # returns although nothing is answered
+        log(run, range(1, 601))  # returns although nothing is answered
         wait_until(lambda: "takes nothing, the work goes on" in caplog.text)
         run.log_folder(store.folder, "model")
         assert "MLflow did not take model" in caplog.text
         running.thaw()
-        (found,) = runs_of()
-        wait_until(lambda: len(history(found, "loss")) == 2000)
+        wait_until(lambda: run._sender.flush(60))
+    wait_until(lambda: replay(store.folder, seconds=None) == [])
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", running.database_uri)
     (found,) = runs_of()
     assert found.info.status == "FINISHED"
-    assert history(found, "loss") == expected(range(1, 2001))
+    assert history(found, "loss") == expected(range(1, 601))
+    assert found.data.tags["embed_pipeline.in_the_store_only.model"] == "support"
 
 
 @pytest.mark.slow
@@ -153,20 +158,20 @@ def test_a_server_that_dies_and_comes_back_has_everything_in_the_end(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", running.uri)
     with tracked_run(TrackingSettings(system_metrics=False), store, "exports", "dagster-3") as run:
         log(run, range(1, 11))
-        assert run._sender.flush(60)
+        wait_until(lambda: run._sender.flush(60))
         running.stop()
         log(run, range(11, 21))
         assert not run._sender.flush(60)
         running.start()
-        (found,) = runs_of("exports")
-        wait_until(lambda: len(history(found, "loss")) == 20)
+        wait_until(lambda: run._sender.flush(60))
         running.stop()
         log(run, range(21, 31))
     assert [left.metrics for left in waiting(store.folder)] == [20]
     running.start()
 
-    assert replay(store.folder, seconds=None) == []
+    wait_until(lambda: replay(store.folder, seconds=None) == [])
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", running.database_uri)
     (found,) = runs_of("exports")
     assert found.info.status == "FINISHED"
     assert history(found, "loss") == expected(range(1, 31))
@@ -177,17 +182,19 @@ def test_what_a_full_disk_of_the_server_refuses_is_taken_when_there_is_room(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", running.uri)
     with tracked_run(TrackingSettings(system_metrics=False), store, "reranker", "dagster-2") as run:
-        running.fill_disk()
-        log(run, range(1, 3001))
-        assert not run._sender.flush(60)
-        assert "takes nothing, the work goes on" in caplog.text
-        running.make_room()
-        log(run, range(3001, 3011))
         wait_until(lambda: run._sender.flush(60))
+        running.fill_disk()
+        log(run, range(1, 1001))
+        wait_until(lambda: "disk" in caplog.text)  # SQLite's own words
+        running.make_room()
+        log(run, range(1001, 1011))
+        wait_until(lambda: run._sender.flush(60))
+    wait_until(lambda: replay(store.folder, seconds=None) == [])
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", running.database_uri)
     (found,) = runs_of("reranker")
     assert found.info.status == "FINISHED"
-    assert history(found, "loss") == expected(range(1, 3011))
+    assert history(found, "loss") == expected(range(1, 1011))
 
 
 def test_a_run_that_goes_on_tells_no_step_twice(store: PipelineStore) -> None:
@@ -198,14 +205,18 @@ def test_a_run_that_goes_on_tells_no_step_twice(store: PipelineStore) -> None:
     (failed,) = runs_of()
     assert failed.info.status == "FAILED"
 
-    with opened(store, goes_on=run.journal.name) as again:
+    with opened(store, goes_on=run.journal.name, dagster_run_id="dagster-2") as again:
         assert again.goes_on
         log(again, range(4, 11))  # from the checkpoint of step 3
+        assert again._sender.flush(60)
         assert runs_of()[0].info.status == "RUNNING"
         assert SystemMetrics(again.journal)._step == 1
 
     (found,) = runs_of()
     assert (found.info.run_id, found.info.status) == (failed.info.run_id, "FINISHED")
+    parents = {parent.info.run_id: parent for parent in runs_of("run")}
+    assert parents.pop(found.data.tags["mlflow.parentRunId"]).data.tags["dagster.run_id"] == "dagster-2"
+    assert [parent.info.status for parent in parents.values()] == ["FAILED"]
     assert history(found, "loss") == expected(range(1, 11))
 
 
@@ -255,6 +266,25 @@ def test_a_journal_whose_process_was_killed_is_sent_and_its_run_ends_killed(stor
         log(run, range(2, 4))
     (found,) = runs_of()
     assert (found.info.status, history(found, "loss")) == ("FINISHED", expected(range(1, 4)))
+
+
+def test_the_command_sends_what_waits_and_fails_where_it_cannot(
+    store: PipelineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOBODY)
+    with opened(store) as run:
+        log(run, range(1, 4))
+
+    refused = CliRunner().invoke(main, ["replay-metrics", "support"])
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    sent = CliRunner().invoke(main, ["replay-metrics", "support"])
+
+    assert refused.exit_code == 1
+    assert f"MLflow at {NOBODY} was not told: 6 metrics and 2 other lines of embedder wait in" in refused.output
+    assert sent.exit_code == 0, sent.output
+    assert "sent: 6 metrics and 2 other lines of embedder waited in" in sent.output
+    assert "MLflow has everything of support" in sent.output
+    assert history(runs_of()[0], "loss") == expected(range(1, 4))
 
 
 def test_a_run_that_is_at_work_is_left_alone(store: PipelineStore) -> None:
