@@ -221,6 +221,29 @@ def prune(pipeline: str, yes: bool) -> None:
         click.echo("nothing was deleted; add --yes to do it")
 
 
+@main.command("replay-metrics")
+@click.argument("pipeline")
+def replay_metrics(pipeline: str) -> None:
+    """Send what MLflow was not told of PIPELINE's runs while it was away. Exit code 1 where something still waits.
+
+    The next run of the pipeline does so by itself; runs that are at work are left alone.
+    """
+    from embed_pipeline.tracking.delivery import replay
+    from embed_pipeline.tracking.journal import waiting
+    from embed_pipeline.tracking.server import tracking_uri, without_password
+
+    store = _store(pipeline)
+    before = waiting(store.folder)
+    left = replay(store.folder, seconds=None)
+    for one in before:
+        if one.journal not in [other.journal for other in left]:
+            click.echo(f"sent: {one.sentence.replace('wait in', 'waited in')}")
+    if left:
+        where = without_password(tracking_uri())
+        raise click.ClickException(f"MLflow at {where} was not told: {'; '.join(one.sentence for one in left)}")
+    click.echo(f"MLflow has everything of {pipeline}")
+
+
 @main.command("export-negatives")
 @click.argument("pipeline")
 @click.option(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -137,11 +137,11 @@ class Pipeline:
     def untracked(self, report: BaseModel) -> Made:
         return Made(report.model_dump(mode="json"), RunIds(dagster=self.dagster_run_id))
 
-    def tracked(self, asset: str, goes_on: str | None = None) -> AbstractContextManager[TrackedRun | None]:
-        return tracked_run(self.settings.tracking, self.settings.name, asset, self.dagster_run_id, goes_on=goes_on)
+    def tracked(self, asset: str, goes_on: str | None = None) -> AbstractContextManager[TrackedRun]:
+        return tracked_run(self.settings.tracking, self.store, asset, self.dagster_run_id, goes_on=goes_on)
 
-    def runs(self, tracked: TrackedRun | None) -> RunIds:
-        if tracked is None:
+    def runs(self, tracked: TrackedRun) -> RunIds:
+        if not tracked.is_in_mlflow:
             return RunIds(dagster=self.dagster_run_id)
         return RunIds(dagster=self.dagster_run_id, mlflow=tracked.run_id, mlflow_link=tracked.link)
 
@@ -322,7 +322,7 @@ def make_merged_embedder(pipeline: Pipeline) -> Produced:
         from embed_pipeline.training.job import EmbedderJob
 
         job = EmbedderJob.read(embedder.path / JOB_FILE).model_copy(update={"cleaned_pairs": cleaned.path})
-        with pipeline.tracked("merged_embedder") as tracked, _watched(tracked):
+        with pipeline.tracked("merged_embedder") as tracked, tracked.system_metrics_of_this_process():
             report = merge(
                 Ancestry(base, settings.embedder.encoding, embedder.path / MODEL_FOLDER, trust),
                 # What the training chose its best weights by.
@@ -333,12 +333,11 @@ def make_merged_embedder(pipeline: Pipeline) -> Produced:
                 encode_precision=settings.encode_precision,
                 cache_folder=pipeline.store.embeddings_folder,
             )
-            if tracked is not None:
-                tracked.log_parameters(told)
-                tracked.log_inputs(inputs, "merging")
-                tracked.log_metrics(report.taken.metrics)
-                if report.outcome == "merged" and settings.tracking.log_model:
-                    tracked.log_folder(out / MODEL_FOLDER, "model")
+            tracked.log_parameters(told)
+            tracked.log_inputs(inputs, "merging")
+            tracked.log_metrics(report.taken.metrics)
+            if report.outcome == "merged" and settings.tracking.log_model:
+                tracked.log_folder(out / MODEL_FOLDER, "model")
         return Made(report.model_dump(mode="json"), pipeline.runs(tracked))
 
     digests = {"base_embedder": weights_digest(base), **_guard_digests(pipeline)}
@@ -443,7 +442,7 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
         from embed_pipeline.evaluation.evaluate_pairs import evaluate_pairs
         from embed_pipeline.evaluation.history import history_of
 
-        with pipeline.tracked("evaluation") as tracked, _watched(tracked):
+        with pipeline.tracked("evaluation") as tracked, tracked.system_metrics_of_this_process():
             of_rerankers = _reranker_test_evaluators(pipeline, cleaned) if reranker else None
             measure = partial(evaluate, reranker_evaluators=of_rerankers)
             report = (measure if settings.source.is_retrieval else evaluate_pairs)(
@@ -463,12 +462,11 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
                 title=settings.name,
                 versions={a.manifest.asset: a.version for a in inputs},
             )
-            if tracked is not None:
-                tracked.log_parameters(told)
-                tracked.log_inputs(inputs, "evaluation")
-                tracked.log_metrics({f"{row.system}/{row.metric}": row.value for row in report.summary})
-                tracked.log_metrics(report.details.source_metrics)
-                tracked.log_folder(out, "evaluation")
+            tracked.log_parameters(told)
+            tracked.log_inputs(inputs, "evaluation")
+            tracked.log_metrics({f"{row.system}/{row.metric}": row.value for row in report.summary})
+            tracked.log_metrics(report.details.source_metrics)
+            tracked.log_folder(out, "evaluation")
         told_in_short = {
             "headline": report.details.headline,
             "verdicts": report.details.verdicts,
@@ -654,7 +652,7 @@ def make_exports(pipeline: Pipeline) -> Produced:
             trust_reranker_code=trusts_code(store, reranker) if reranker else False,
         )
         test = load_test_split(cleaned.path, settings.exports, settings.seed, scored=not settings.source.is_retrieval)
-        with pipeline.tracked("exports") as tracked, _watched(tracked):
+        with pipeline.tracked("exports") as tracked, tracked.system_metrics_of_this_process():
             report = export(
                 models,
                 test,
@@ -667,12 +665,11 @@ def make_exports(pipeline: Pipeline) -> Produced:
                 cache_folder=store.embeddings_folder,
                 versions={artifact.manifest.asset: artifact.version for artifact in inputs},
             )
-            if tracked is not None:
-                tracked.log_parameters(told)
-                tracked.log_inputs(inputs, "exports")
-                tracked.log_metrics(report.metrics)
-                for file in (REPORT_FILE, TABLE_FILE):
-                    tracked.log_file(out / file, "exports")
+            tracked.log_parameters(told)
+            tracked.log_inputs(inputs, "exports")
+            tracked.log_metrics(report.metrics)
+            for file in (REPORT_FILE, TABLE_FILE):
+                tracked.log_file(out / file, "exports")
         return Made(report.model_dump(mode="json"), pipeline.runs(tracked))
 
     recipe = pipeline.recipe("exports", inputs, {}, told)
@@ -961,10 +958,6 @@ def _guard_digests(pipeline: Pipeline) -> dict[str, str]:
     return {f"guard {guard.name}": guard_digest(guard, pipeline.folder) for guard in guards}
 
 
-def _watched(tracked: TrackedRun | None) -> AbstractContextManager[None]:
-    return nullcontext() if tracked is None else tracked.system_metrics_of_this_process()
-
-
 def _mine(pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: MiningSettings, out: Path) -> MiningReport:
     from embed_pipeline.mining.mine import mine
     from embed_pipeline.models.reranker import Reranker
@@ -1007,16 +1000,16 @@ def _train(
     before = None
     if checkpoints is not None:
         linked.symlink_to(checkpoints.absolute(), target_is_directory=True)
-        noted = checkpoints / "mlflow_run"
+        noted = checkpoints / "mlflow_journal"
         before = noted.read_text() if noted.is_file() and any(checkpoints.glob("step-*")) else None
     with pipeline.tracked(asset, goes_on=before) as tracked:
-        if tracked is not None and tracked.run_id != before:
+        if not tracked.goes_on:
             tracked.log_parameters(job.model_dump(mode="json"))
             tracked.log_inputs(inputs, "training")
             if checkpoints is not None:
-                (checkpoints / "mlflow_run").write_text(tracked.run_id)
+                (checkpoints / "mlflow_journal").write_text(tracked.journal.name)
         launch(job, job_file, tracked, pipeline.site)
         linked.unlink(missing_ok=True)
-        if tracked is not None and pipeline.settings.tracking.log_model:
+        if pipeline.settings.tracking.log_model:
             tracked.log_folder(job.output / MODEL_FOLDER, "model")
     return Made(json.loads((job.output / SUMMARY_FILE).read_text()), pipeline.runs(tracked))

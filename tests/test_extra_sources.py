@@ -37,7 +37,7 @@ from embed_pipeline.stages import (
     make_reranker,
 )
 from embed_pipeline.tables import EXAMPLES_FILE, HARD_NEGATIVES_FILE, QUERIES_FILE
-from embed_pipeline.tracking.runs import tracking_uri
+from embed_pipeline.tracking.server import tracking_uri
 
 RETRIEVAL = ("tuples", "bge", "judged")
 EXAMPLES = ("alike", "classes", "zh")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -12,6 +13,7 @@ import dagster as dg
 from embed_pipeline.artifacts import Artifact, Produced
 from embed_pipeline.errors import UserError
 from embed_pipeline.launch.parent_death import end_with_parent
+from embed_pipeline.tracking.journal import told_where, waiting
 from embed_pipeline.training.job import MODEL_FOLDER
 
 if TYPE_CHECKING:
@@ -48,11 +50,22 @@ def materialized(
         metadata={
             **metadata,
             **links,
+            **waiting_metadata(context, artifact.path.parents[1], artifact.manifest.asset),
             "version": artifact.version,
             "reused": produced.reused,
             "folder": dg.MetadataValue.path(str(artifact.path)),
         },
     )
+
+
+def waiting_metadata(context: dg.AssetExecutionContext, store: Path, asset: str) -> dict[str, str]:
+    """What MLflow was not told of the runs of `asset`, if anything: for the materialization, and a warning."""
+    left = waiting(store, asset)
+    if not left:
+        return {}
+    told = told_where(left, store.name)
+    context.log.warning(f"MLflow was not told everything: {told}")
+    return {"mlflow_waiting": told}
 
 
 def training_metadata(model: Artifact) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from embed_pipeline.tracking.runs import TrackedRun, tracked_run
 
 logger = logging.getLogger(__name__)
 
-Track = Callable[[], AbstractContextManager[TrackedRun | None]]
+Track = Callable[[], AbstractContextManager[TrackedRun]]
 """Opens the MLflow run in which models are registered, if any are."""
 
 
@@ -275,16 +275,15 @@ def _registered(
     for (kind, model), name in zip(candidate.models, names, strict=True):
         found = registry.find(name, model)
         if found is None:
-            if tracked is None:
-                raise TrackingError("MLflow took no run, so nothing can be registered", passing=True)
+            assert tracked is not None, "something is to be registered, and no run was opened for it"
             found = registry.register(store, candidate, kind, name, tracked)
         models.append(found)
     return models[0], models[1] if len(models) > 1 else None
 
 
-def _tracked(store: PipelineStore, name: str) -> AbstractContextManager[TrackedRun | None]:
+def _tracked(store: PipelineStore, name: str) -> AbstractContextManager[TrackedRun]:
     """A run in MLflow that tells of what a person asked for."""
-    return tracked_run(TrackingSettings(), store.pipeline, name, None)
+    return tracked_run(TrackingSettings(), store, name, None)
 
 
 # -------------------------------------------------------------------------------------- aliases and pointer
@@ -298,7 +297,7 @@ def _put_in_force(
     champion: Champion | None,
     by: str,
     reason: str,
-    tracked: TrackedRun | None,
+    tracked: TrackedRun,
 ) -> Promotion:
     """Aliases, then the pointer: both, or the aliases are put back."""
     planned = Promotion(
@@ -317,8 +316,7 @@ def _put_in_force(
         _settle_or_warn(registry, store)
         raise
     _settle_or_warn(registry, store)  # the champion is no challenger any more
-    if tracked is not None:
-        tracked.log_parameters(promotion.model_dump(mode="json"))
+    tracked.log_parameters(promotion.model_dump(mode="json"))
     return promotion
 
 

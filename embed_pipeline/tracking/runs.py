@@ -1,56 +1,67 @@
 """MLflow runs as the launching process sees them: one parent for a Dagster run, one child for each training.
 
-The parent process creates a run, hands its id to the training, and alone decides its final status. A tracking server
-that cannot be reached costs a warning, not the training.
+What a run is told goes to its journal first, and a thread of the launching process sends it: a tracking server that is
+slow, full or gone costs a warning, and nothing that it is to be told. The launching process alone decides a run's final
+status.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embed_pipeline.artifacts import Artifact, home
+from embed_pipeline.artifacts import Artifact, PipelineStore
+from embed_pipeline.errors import TrackingError
 from embed_pipeline.settings import TrackingSettings
-from embed_pipeline.tracking.metrics import fail_in_seconds, valid_name
+from embed_pipeline.tracking.delivery import (
+    CLOSE_SECONDS,
+    DAGSTER_RUN_TAG,
+    OPEN_SECONDS,
+    Sender,
+    remove_if_over,
+    replay,
+)
+from embed_pipeline.tracking.journal import Journal, journals, now, told_where
+from embed_pipeline.tracking.metrics import (
+    JOURNAL_VARIABLE,
+    SYSTEM_METRICS_VARIABLE,
+    SystemMetrics,
+    valid_name,
+)
+from embed_pipeline.tracking.server import fail_in_seconds, tracking_uri, ui_address, without_password
 
 logger = logging.getLogger(__name__)
 
-PARAMETER_LIMIT = 500  # characters; longer values are shortened, the full ones stand in settings.json
-DAGSTER_RUN_TAG = "dagster.run_id"
+INTERRUPTED_SECONDS = 10.0  # whoever interrupts waits
 
 
-def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or a SQLite file in the home folder that needs no server."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
-
-
-def without_password(text: str) -> str:
-    """A text that may hold addresses, such as an error of MLflow's, without the names and passwords in them."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
-
-
-def ui_address() -> str:
-    """Where a person opens MLflow: the server itself, or what `make mlflow` serves."""
-    uri = tracking_uri()
-    return os.environ.get("MLFLOW_UI_URL") or (
-        without_password(uri) if uri.startswith("http") else "http://127.0.0.1:5000"
-    )
-
-
-@dataclass(frozen=True)
 class TrackedRun:
-    """A child run that is open. Every method survives a tracking server that went away."""
+    """A child run that is open. Every method survives a tracking server that is away, and returns in seconds."""
 
-    run_id: str
-    experiment_id: str
-    system_metrics: bool
+    def __init__(self, journal: Journal, sender: Sender, *, system_metrics: bool, goes_on: bool) -> None:
+        self.journal = journal
+        self.goes_on = goes_on  # it was interrupted, and knows its parameters and inputs
+        self._sender = sender
+        self._system_metrics = system_metrics
+
+    @property
+    def is_in_mlflow(self) -> bool:
+        """Whether MLflow has made the run; it does so later where it does not answer now."""
+        return self._sender.mark.run_id is not None
+
+    @property
+    def run_id(self) -> str:
+        """Raises TrackingError where MLflow has not made the run."""
+        return self._known(self._sender.mark.run_id)
+
+    @property
+    def experiment_id(self) -> str:
+        """Raises TrackingError where MLflow has not made the run."""
+        return self._known(self._sender.mark.experiment_id)
 
     @property
     def link(self) -> str:
@@ -58,115 +69,115 @@ class TrackedRun:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What rank 0 of a training needs to join this run."""
+        """What rank 0 of a training needs to tell this run of its steps."""
         return {
-            "MLFLOW_TRACKING_URI": tracking_uri(),
-            "MLFLOW_RUN_ID": self.run_id,
-            "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": str(self.system_metrics).lower(),
+            JOURNAL_VARIABLE: str(self.journal.path.absolute()),
+            SYSTEM_METRICS_VARIABLE: str(self._system_metrics).lower(),
         }
 
     def log_parameters(self, settings: Mapping[str, Any]) -> None:
         """All settings: flat as parameters, whole as the artifact settings.json."""
-        from mlflow.entities import Param
-
-        flat = _flatten(settings)
-        params = [Param(valid_name(key), str(value)[:PARAMETER_LIMIT]) for key, value in flat.items()]
-        with self._surviving("parameters") as client:
-            client.log_batch(self.run_id, params=params)
-            client.log_text(self.run_id, json.dumps(settings, indent=2, default=str), "settings.json")
+        self._tell({"parameters": settings})
 
     def log_inputs(self, artifacts: Sequence[Artifact], context: str) -> None:
         """The artifacts this run was made from, by their content; `context` says what for."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
         inputs = [
-            DatasetInput(
-                Dataset(
-                    name=f"{a.manifest.pipeline}/{a.manifest.asset}",
-                    digest=a.content,
-                    source_type="local",
-                    source=json.dumps({"uri": str(a.path)}),
-                    profile=json.dumps({k: v for k, v in a.report.items() if isinstance(v, int | float)}),
-                ),
-                tags=[InputTag("mlflow.data.context", context)],
-            )
+            {
+                "name": f"{a.manifest.pipeline}/{a.manifest.asset}",
+                "digest": a.content,
+                "path": str(a.path),
+                "profile": {k: v for k, v in a.report.items() if isinstance(v, int | float)},
+            }
             for a in artifacts
         ]
-        with self._surviving("data sets") as client:
-            client.log_inputs(self.run_id, datasets=inputs)
+        self._tell({"inputs": inputs, "context": context})
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        with self._surviving("metrics") as client:
-            for name, value in metrics.items():
-                client.log_metric(self.run_id, valid_name(name), float(value))
+        if metrics:
+            named = {valid_name(name): float(value) for name, value in metrics.items()}
+            self._tell({"metrics": named, "step": 0, "at": now()})
 
     def log_folder(self, folder: Path, name: str) -> None:
-        with self._surviving(name) as client:
-            client.log_artifacts(self.run_id, str(folder), name)
+        """Upload a folder; where MLflow does not answer it stays in the store alone."""
+        self._upload(folder, name, lambda client: client.log_artifacts(self.run_id, str(folder), name))
 
     def log_file(self, file: Path, folder: str) -> None:
-        with self._surviving(file.name) as client:
-            client.log_artifact(self.run_id, str(file), folder)
+        """Upload a file; where MLflow does not answer it stays in the store alone."""
+        self._upload(file, file.name, lambda client: client.log_artifact(self.run_id, str(file), folder))
 
     @contextmanager
     def system_metrics_of_this_process(self) -> Iterator[None]:
         """Record processor, memory and GPU use while the body runs here (a training's rank 0 does it by itself)."""
         monitor = None
-        if self.system_metrics:
-            with self._surviving("system metrics"):
-                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-                monitor = SystemMetricsMonitor(self.run_id, tracking_uri=tracking_uri())
-                monitor.start()
+        if self._system_metrics:
+            monitor = SystemMetrics(self.journal)
+            monitor.start()
         try:
             yield
         finally:
             if monitor is not None:
-                monitor.finish()
+                monitor.stop()
 
-    @contextmanager
-    def _surviving(self, what: str) -> Iterator[Any]:
+    def _tell(self, entry: Mapping[str, Any]) -> None:
+        try:
+            self.journal.append(entry)
+        except OSError as error:  # tracking may not cost a finished training
+            logger.warning("MLflow will not be told %s of %s: %s", "/".join(entry), self.journal.asset, error)
+
+    def _upload(self, what: Path, name: str, upload: Callable[[Any], None]) -> None:
         import mlflow
 
-        try:
-            yield mlflow.MlflowClient(tracking_uri())
-        except Exception as error:  # anything: tracking may not cost a finished training
-            logger.warning("MLflow did not take the %s of run %s: %s", what, self.run_id, error)
+        error: object = self._sender.error or "it does not answer"
+        # Asked first whether it is there at all: an upload has a time limit for every file.
+        if self._sender.flush(OPEN_SECONDS):
+            try:
+                upload(mlflow.MlflowClient(tracking_uri()))
+                return
+            except Exception as raised:  # anything: tracking may not cost a finished training
+                error = raised
+        logger.warning(
+            "MLflow did not take %s (%s) of %s; it stays in the store: %s",
+            name, what.name, self.journal.asset, without_password(str(error)),
+        )  # fmt: skip
+        self._tell({"tags": {f"embed_pipeline.in_the_store_only.{name}": what.name}})
+
+    def _known(self, value: str | None) -> str:
+        if value is None:
+            uri, error = without_password(tracking_uri()), self._sender.error or "it does not answer"
+            raise TrackingError(f"MLflow at {uri} made no run for {self.journal.asset}: {error}", passing=True)
+        return value
 
 
 @contextmanager
 def tracked_run(
-    settings: TrackingSettings, pipeline: str, name: str, dagster_run_id: str | None, *, goes_on: str | None = None
-) -> Iterator[TrackedRun | None]:
-    """Open a child run `name` under the Dagster run's parent; None when MLflow is unreachable.
+    settings: TrackingSettings,
+    store: PipelineStore,
+    asset: str,
+    dagster_run_id: str | None,
+    *,
+    goes_on: str | None = None,
+) -> Iterator[TrackedRun]:
+    """Open a child run for `asset` under the Dagster run's parent; where MLflow is away it is made when it is back.
 
-    `goes_on` is the id of a run that was interrupted, to be opened again; a new one if it is gone.
+    `goes_on` is the name of the journal of a run that was interrupted, to be opened again; a new one if it is gone.
 
-    The run ends FINISHED, or FAILED when the body raises, or KILLED when it is interrupted.
+    The run ends FINISHED, or FAILED when the body raises, or KILLED when it is interrupted. What MLflow was not told
+    then is a warning; it waits in the store for the next run of the pipeline, or for `replay`.
     """
-    import mlflow
-
-    fail_in_seconds()
-    try:
-        client = mlflow.MlflowClient(tracking_uri())
-        experiment_id = _experiment(client, settings.experiment or pipeline)
-        parent_id = _parent_run(client, experiment_id, pipeline, dagster_run_id)
-        tags = {"mlflow.parentRunId": parent_id, "embed_pipeline.pipeline": pipeline, "embed_pipeline.asset": name}
-        if dagster_run_id:
-            tags[DAGSTER_RUN_TAG] = dagster_run_id
-        run_id = _opened_again(client, goes_on)
-        if run_id is None:
-            run_id = client.create_run(experiment_id, tags=tags, run_name=f"{pipeline}/{name}").info.run_id
-        elif dagster_run_id:
-            client.set_tag(run_id, DAGSTER_RUN_TAG, dagster_run_id)
-    except Exception as error:  # anything: tracking may not stop a training
-        told = without_password(f"MLflow at {tracking_uri()} is not reachable, this run is not recorded there: {error}")
-        logger.warning("%s", told)
-        yield None
-        return
+    taken_up = None if goes_on is None else _taken_up(store, asset, goes_on)
+    if taken_up is None:
+        experiment = settings.experiment or store.pipeline
+        run = {"pipeline": store.pipeline, "experiment": experiment, "dagster_run_id": dagster_run_id}
+        journal = Journal.new(store.folder, asset, run)
+        sender = Sender(journal)
+    else:
+        journal, sender = taken_up
+        journal.append({"again": {"pipeline": store.pipeline, "dagster_run_id": dagster_run_id}, "at": now()})
+    sender.flush(OPEN_SECONDS)
+    tracked = TrackedRun(journal, sender, system_metrics=settings.system_metrics, goes_on=taken_up is not None)
     status = "FAILED"
     try:
-        yield TrackedRun(run_id, experiment_id, settings.system_metrics)
+        yield tracked
         status = "FINISHED"
     except Exception:
         raise
@@ -174,11 +185,17 @@ def tracked_run(
         status = "KILLED"
         raise
     finally:
-        for ended in (run_id, parent_id):
-            try:
-                client.set_terminated(ended, status)
-            except Exception as error:
-                logger.warning("MLflow run %s keeps the status RUNNING: %s", ended, error)
+        tracked._tell({"ended": status, "at": now()})
+        try:
+            left = sender.close(INTERRUPTED_SECONDS if status == "KILLED" else CLOSE_SECONDS)
+            if left is not None:
+                told = told_where([left], store.pipeline)
+                logger.warning("MLflow at %s was not told everything: %s", without_password(tracking_uri()), told)
+            elif status != "KILLED":
+                remove_if_over(journal)
+                replay(store.folder, CLOSE_SECONDS)
+        except OSError as error:  # the store's disk: tracking may not cost a finished training
+            logger.warning("it is not known whether MLflow was told everything of %s: %s", journal.path, error)
 
 
 def end_runs_of(dagster_run_id: str) -> None:
@@ -196,51 +213,18 @@ def end_runs_of(dagster_run_id: str) -> None:
         logger.warning("MLflow runs of Dagster's run %s keep the status RUNNING: %s", dagster_run_id, error)
 
 
-def _opened_again(client: Any, run_id: str | None) -> str | None:
-    from mlflow.exceptions import MlflowException
-
-    if run_id is None:
-        return None
-    try:
-        if client.get_run(run_id).info.lifecycle_stage != "active":
-            return None
-        client.update_run(run_id, status="RUNNING")
-    except MlflowException as error:
-        logger.warning("MLflow run %s is gone, a new one is made: %s", run_id, error)
-        return None
-    return run_id
-
-
-def _experiment(client: Any, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    location = None if tracking_uri().startswith("http") else (home() / "mlflow-artifacts").as_uri()
-    return client.create_experiment(name, artifact_location=location)
-
-
-def _parent_run(client: Any, experiment_id: str, pipeline: str, dagster_run_id: str | None) -> str:
-    if dagster_run_id:
-        found = client.search_runs(
-            [experiment_id],
-            f"tags.`{DAGSTER_RUN_TAG}` = '{dagster_run_id}' and tags.`embed_pipeline.asset` = 'run'",
-            max_results=1,
-        )
-        if found:
-            client.update_run(found[0].info.run_id, status="RUNNING")
-            return found[0].info.run_id
-    tags = {"embed_pipeline.pipeline": pipeline, "embed_pipeline.asset": "run"}
-    if dagster_run_id:
-        tags[DAGSTER_RUN_TAG] = dagster_run_id
-    label = f"{pipeline} {dagster_run_id[:8]}" if dagster_run_id else pipeline
-    return client.create_run(experiment_id, tags=tags, run_name=label).info.run_id
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value
-    return flat
+def _taken_up(store: PipelineStore, asset: str, name: str) -> tuple[Journal, Sender] | None:
+    """The journal of an interrupted run, once nobody else sends it."""
+    found = [journal for journal in journals(store.folder) if journal.name == name]
+    deadline = time.monotonic() + CLOSE_SECONDS
+    while found:
+        try:
+            return found[0], Sender(found[0])
+        except FileNotFoundError:
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.2)
+    logger.warning("the journal %s is gone or in use: %s has a new MLflow run", name, asset)
+    return None

@@ -106,8 +106,8 @@ class Workshop:
         """One that was compared with who serves now."""
         return self.candidate(seed, outcome=outcome, reference=self.serving, alone=alone)
 
-    def tracked(self) -> AbstractContextManager[TrackedRun | None]:
-        return tracked_run(TrackingSettings(system_metrics=False), self.store.pipeline, "champion", None)
+    def tracked(self) -> AbstractContextManager[TrackedRun]:
+        return tracked_run(TrackingSettings(system_metrics=False), self.store, "champion", None)
 
     def promote(self, candidate: Candidate, *, smoke_test: bool = False) -> Promoted:
         return promote(self.store, candidate, self.tracked, by="test", smoke_test=smoke_test)

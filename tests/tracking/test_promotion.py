@@ -23,7 +23,7 @@ from embed_pipeline.evaluation.parity import read_parity
 from embed_pipeline.tracking import promotion
 from embed_pipeline.tracking.promotion import challenge, check_loads, disagreements, retire, roll_back, settle
 from embed_pipeline.tracking.registry import Registry
-from embed_pipeline.tracking.runs import tracking_uri
+from embed_pipeline.tracking.server import tracking_uri
 from tests.tracking.candidates import Workshop
 
 NAMES = ("support-embedder", "support-reranker")

@@ -18,7 +18,7 @@ from embed_pipeline.champions import RegisteredModel
 from embed_pipeline.errors import ModelError, TrackingError
 from embed_pipeline.evaluation.parity import read_parity
 from embed_pipeline.tracking.registry import Candidate, Registry, registered_name
-from embed_pipeline.tracking.runs import tracking_uri
+from embed_pipeline.tracking.server import tracking_uri
 from tests.tracking.candidates import LONG, Workshop
 
 NAMES = ("support-embedder", "support-reranker")

@@ -13,6 +13,8 @@ import pyarrow as pa
 from embed_pipeline import tables
 from embed_pipeline.launch.local import run_local
 from embed_pipeline.launch.torchrun import torchrun_command
+from embed_pipeline.tracking.journal import Journal, journals
+from embed_pipeline.tracking.metrics import JOURNAL_VARIABLE
 from embed_pipeline.training.job import TrainingJob
 
 TOPICS = ["river", "engine", "garden", "violin", "harbor", "market", "planet", "winter"]
@@ -161,6 +163,11 @@ class Trained:
     def model(self) -> Path:
         return self.output / "model"
 
+    @property
+    def told_mlflow(self) -> list[dict[str, Any]]:
+        """What every rank of the last launch noted for MLflow, together."""
+        return [entry for entry, _ in journals(self.output.parent)[-1].read() if "metrics" in entry]
+
 
 def read_output(job: TrainingJob) -> Trained:
     log = [json.loads(line) for line in (job.output / "training_log.jsonl").read_text().splitlines()]
@@ -169,4 +176,5 @@ def read_output(job: TrainingJob) -> Trained:
 
 def launch(job: TrainingJob, folder: Path) -> None:
     job_file = job.write(folder / "job.json")
-    run_local(torchrun_command(job.entry_point, job_file, job.world_size), env={}, error_file=folder / "error.json")
+    env = {JOURNAL_VARIABLE: str(Journal.new(folder, "training", {}).path)}  # as if MLflow were to be told
+    run_local(torchrun_command(job.entry_point, job_file, job.world_size), env=env, error_file=folder / "error.json")

@@ -39,6 +39,12 @@ def test_an_embedder_is_trained_by_both_ranks_together(embedder: Trained) -> Non
     assert [len(list((embedder.output.parent / "logs").rglob(f"{rank}/stderr.log"))) for rank in (0, 1)] == [1, 1]
 
 
+def test_two_ranks_are_one_run_in_mlflow(embedder: Trained) -> None:
+    told = [(entry["step"], {**entry["metrics"]}) for entry in embedder.told_mlflow]
+    log = [{name: value for name, value in row.items() if name != "seconds"} for row in embedder.log]
+    assert told == [(row.pop("step"), row) for row in log]  # each figure once, by one rank
+
+
 def test_an_embedder_loads_in_both_libraries_with_the_same_embeddings(embedder: Trained) -> None:
     from FlagEmbedding import FlagModel
     from sentence_transformers import SentenceTransformer

@@ -9,7 +9,7 @@ import dagster as dg
 from embed_pipeline.artifacts import DIGITS, PipelineStore
 from embed_pipeline.champions import Promotion, pointer
 from embed_pipeline.orchestration.automation import retry_policy
-from embed_pipeline.orchestration.reporting import readable_errors
+from embed_pipeline.orchestration.reporting import readable_errors, waiting_metadata
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_champion, write_champion_cards
 
 
@@ -74,6 +74,7 @@ def champion_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
             metadata={
                 **champion_metadata(run.store, promoted.promotion),
                 **{f"{kind}_card": dg.MetadataValue.path(str(path)) for kind, path in cards.items()},
+                **waiting_metadata(context, run.store.folder, "champion"),
                 "reused": not promoted.new,
             },
         )

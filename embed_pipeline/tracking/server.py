@@ -1,0 +1,34 @@
+"""The tracking server: where it is, and how long its client may wait for it."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from embed_pipeline.artifacts import home
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or a SQLite file in the home folder that needs no server."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def without_password(text: str) -> str:
+    """A text that may hold addresses, such as an error of MLflow's, without the names and passwords in them."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
+
+
+def ui_address() -> str:
+    """Where a person opens MLflow: the server itself, or what `make mlflow` serves."""
+    uri = tracking_uri()
+    return os.environ.get("MLFLOW_UI_URL") or (
+        without_password(uri) if uri.startswith("http") else "http://127.0.0.1:5000"
+    )
+
+
+def fail_in_seconds() -> None:
+    """Have MLflow's client give up on a dead server in seconds, not after its default of minutes of retries."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # The jitter comes from Python's global random numbers: a slow server would change what a stage draws from them.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
