@@ -518,6 +518,15 @@ class TrainingSettings(Settings):
     nproc_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="auto: one process on a CPU, one per visible GPU otherwise"
     )
+    preflight: bool = Field(
+        True,
+        description="before the training: one step at the longest batch, and a forecast of time, memory and disk; what "
+        "cannot work fails here. The weights are the same without",
+    )
+    find_batch_size: bool = Field(
+        False,
+        description="on a GPU: train with the largest of batch_size, its half, its quarter, ... that fits the memory",
+    )
 
     lora: LoraSettings | None = None
     freeze: FreezeSettings = FreezeSettings()

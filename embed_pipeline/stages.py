@@ -892,7 +892,15 @@ def device_kind() -> str:
 
 def _training_told(settings: TrainingSettings, processes: int) -> dict[str, Any]:
     """What of a training's settings decides its weights; the base model stands among the inputs."""
-    unimportant = {"base_model", "guide", "teacher", "logging_steps", "nproc_per_node", "checkpoint_minutes"}
+    unimportant = {
+        "base_model",
+        "guide",
+        "teacher",
+        "logging_steps",
+        "nproc_per_node",
+        "checkpoint_minutes",
+        "preflight",
+    }
     return {
         **settings.model_dump(mode="json", exclude=unimportant),
         "processes": processes,

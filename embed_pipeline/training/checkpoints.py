@@ -203,7 +203,7 @@ class Checkpoints(TrainerCallback):
 
 def _writer(job: TrainingJob, rank: Rank, prepared: Prepared[Any]) -> str:
     """Who may go on from a checkpoint: SHA-256 of everything that decides what a step does, but for paths."""
-    without: Any = {"guides": True, "teachers": True, "settings": {"checkpoint_minutes", "logging_steps"}}
+    without: Any = {"guides": True, "teachers": True, "settings": {"checkpoint_minutes", "logging_steps", "preflight"}}
     told = job.model_dump(mode="json", exclude=without)
     told = {name: value for name, value in told.items() if not isinstance(getattr(job, name), Path)}
     arithmetic = [rank.world_size, rank.device.partition(":")[0], rank.precision, rank.threads]
