@@ -152,6 +152,7 @@ def truncated(
         pairs = [(query.query, query.positives[0]) for query in chosen]
         pairs += [(example.sentence1, example.sentence2 or "") for example in of_examples]
         return _share_longer({"pairs": (pairs, int(model.max_seq_length or 0))}, model)
+    assert isinstance(model, SentenceTransformer)
     encoding = encoding_of(model)
     longest = max(encoding.query_max_length or 0, encoding.passage_max_length or 0)
     texts: dict[str, tuple[list[Any], int]] = {

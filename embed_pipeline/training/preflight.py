@@ -159,7 +159,7 @@ def _try(
     memory = max(from_all(peak + to_come))
     there_for_all = min(from_all(int(there)))
     _check_memory(job, rank, memory, there_for_all)
-    largest = max(shapes, key=lambda shape: (shape[1], shape[0]), default=(0, 0))
+    largest = max(shapes, key=math.prod, default=(0, 0))
     return Forecast(steps, max(from_all(mean_seconds())), largest, memory, there_for_all, checkpoints)
 
 
