@@ -15,6 +15,7 @@ from small_problem import Problem, Trained
 
 from embed_pipeline import tables
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.settings import ExtraSourceSettings
 from embed_pipeline.training.data_checks import check_repeats, fillable_batches
 from embed_pipeline.training.job import TrainingJob
 
@@ -74,13 +75,24 @@ def test_one_answer_to_everything(
         train_here("embedder", with_rows(same_answer), **settings)
 
 
+def test_a_source_that_fills_no_batch_of_its_own(train_here: Callable[..., Trained]) -> None:
+    few = ExtraSourceSettings.model_validate({"name": "faq", "kind": "pairs", "path": "x", "train_rows": 3})
+
+    def with_few(job: TrainingJob) -> TrainingJob:
+        return job.model_copy(update={"extra_sources": (few,)})
+
+    with pytest.raises(TrainingError, match="3 queries of faq do not fill one step"):
+        train_here("embedder", with_few, engine="flag-embedding", arguments={"same_dataset_within_batch": True})
+
+
 def test_some_answers_repeat() -> None:
     several = {"positive": [f"p{i % 40}" for i in range(400)]}
     told = check_repeats(several, "shop", 64, apart=False)
     assert told is not None
     assert "in a batch of 64 a query meets its own positive 1.4 times as a negative" in told
     told = check_repeats({"positive": ["p"] * 200 + [f"p{i}" for i in range(200)]}, "shop", 10, apart=True)
-    assert told is not None and "at least 45 % of the batches of an epoch cannot be filled" in told
+    assert told is not None
+    assert "at least 45 % of the batches of an epoch cannot be filled" in told
     for apart in (True, False):
         assert check_repeats({"positive": [f"p{i}" for i in range(400)]}, "shop", 64, apart=apart) is None
 

@@ -37,6 +37,9 @@ def prepare(job: EmbedderJob, rank: Rank, sources: list[TrainingSource], work: P
     """
     settings = job.settings
     check_steps(job, rank, sum(source.size for source in sources), "queries")
+    if settings.arguments.get("same_dataset_within_batch"):
+        for source in sources:  # else the library leaves it out without a word
+            check_steps(job, rank, source.size, f"queries of {source.name}")
     model = load_sentence_transformer(
         job.base_model, settings.encoding, device=rank.device, trust_remote_code=job.trust_remote_code
     )
