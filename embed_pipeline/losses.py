@@ -47,6 +47,7 @@ class Loss:
     cached: str | None = None  # its gradient-caching form, taken where `sub_batch_size` is set
     caches: bool = False  # is such a form itself: takes `sub_batch_size`
     reaches_cosines: bool = False  # learns differences of cosines, so a teacher's logits are mapped to 0..1
+    has_margin: bool = False  # learns nothing more from rows that keep the margin, so its gradient may become zero
     layers: bool = True  # may be wrapped in AdaptiveLayerLoss or Matryoshka2dLoss
 
 
@@ -115,10 +116,14 @@ EMBEDDER_LOSSES: Mapping[str, Loss] = MappingProxyType(
             ("positive_margin", "negative_margin", "mini_batch_num_tokens"),
             sampler="no_duplicates",
             caches=True,
+            has_margin=True,
             layers=False,
         ),
         "TripletLoss": Loss(
-            _retrieval("triplet"), ("distance_metric", "triplet_margin"), defaults={"triplet_margin": 0.5}
+            _retrieval("triplet"),
+            ("distance_metric", "triplet_margin"),
+            defaults={"triplet_margin": 0.5},
+            has_margin=True,
         ),
         "MarginMSELoss": Loss(_retrieval("teacher_group"), (), ("teacher_scores",), reaches_cosines=True),
         "DistillKLDivLoss": Loss(
@@ -129,21 +134,37 @@ EMBEDDER_LOSSES: Mapping[str, Loss] = MappingProxyType(
         "CosineSimilarityLoss": Loss(_JUDGED_OR_SCORED),
         "CoSENTLoss": Loss(_JUDGED_OR_SCORED, ("scale",)),
         "AnglELoss": Loss(_JUDGED_OR_SCORED, ("scale",)),
-        "ContrastiveLoss": Loss(_JUDGED_OR_CLASSES, ("distance_metric", "margin", "size_average"), ("two_classes",)),
-        "OnlineContrastiveLoss": Loss(_JUDGED_OR_CLASSES, ("distance_metric", "margin"), ("two_classes",)),
+        "ContrastiveLoss": Loss(
+            _JUDGED_OR_CLASSES, ("distance_metric", "margin", "size_average"), ("two_classes",), has_margin=True
+        ),
+        "OnlineContrastiveLoss": Loss(
+            _JUDGED_OR_CLASSES, ("distance_metric", "margin"), ("two_classes",), has_margin=True
+        ),
         "SoftmaxLoss": Loss(
             MappingProxyType({"labelled": "classes"}),
             ("concatenation_sent_rep", "concatenation_sent_difference", "concatenation_sent_multiplication"),
         ),
         "BatchAllTripletLoss": Loss(
-            _TEXT_CLASSES, ("distance_metric", "margin"), sampler="group_by_label", defaults=_UNIT_MARGIN
+            _TEXT_CLASSES,
+            ("distance_metric", "margin"),
+            sampler="group_by_label",
+            defaults=_UNIT_MARGIN,
+            has_margin=True,
         ),
         "BatchHardTripletLoss": Loss(
-            _TEXT_CLASSES, ("distance_metric", "margin"), sampler="group_by_label", defaults=_UNIT_MARGIN
+            _TEXT_CLASSES,
+            ("distance_metric", "margin"),
+            sampler="group_by_label",
+            defaults=_UNIT_MARGIN,
+            has_margin=True,
         ),
         "BatchHardSoftMarginTripletLoss": Loss(_TEXT_CLASSES, ("distance_metric",), sampler="group_by_label"),
         "BatchSemiHardTripletLoss": Loss(
-            _TEXT_CLASSES, ("distance_metric", "margin"), sampler="group_by_label", defaults=_UNIT_MARGIN
+            _TEXT_CLASSES,
+            ("distance_metric", "margin"),
+            sampler="group_by_label",
+            defaults=_UNIT_MARGIN,
+            has_margin=True,
         ),
         "MSELoss": Loss(_EMBEDDINGS, ("projection_dim",), ("teacher",)),
         "EmbedDistillLoss": Loss(_EMBEDDINGS, ("distance_metric", "projection_dim"), ("teacher",)),

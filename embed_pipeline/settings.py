@@ -528,6 +528,15 @@ class TrainingSettings(Settings):
         description="processes that wait so long for one of their number give up: it hangs. Longer than any dev "
         "evaluation, for which the others wait",
     )
+    preflight: bool = Field(
+        True,
+        description="before the training: one step at the longest batch, and a forecast of time, memory and disk; what "
+        "cannot work fails here. The weights are the same without",
+    )
+    find_batch_size: bool = Field(
+        False,
+        description="on a GPU: train with the largest of batch_size, its half, its quarter, ... that fits the memory",
+    )
 
     lora: LoraSettings | None = None
     freeze: FreezeSettings = FreezeSettings()

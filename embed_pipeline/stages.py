@@ -902,7 +902,7 @@ def _training_device(pipeline: Pipeline) -> str:
 def _training_told(pipeline: Pipeline, settings: TrainingSettings, processes: int) -> dict[str, Any]:
     """What of a training's settings decides its weights; the base model stands among the inputs."""
     unimportant = {"base_model", "guide", "teacher", "logging_steps", "nproc_per_node"}
-    unimportant |= {"checkpoint_minutes", "collective_timeout_minutes"}
+    unimportant |= {"checkpoint_minutes", "collective_timeout_minutes", "preflight"}
     return {
         **settings.model_dump(mode="json", exclude=unimportant),
         "processes": processes,

@@ -94,7 +94,8 @@ def training_error(error_file: Path, return_code: int) -> TrainingError:
     recorded = _recorded_error(error_file)
     if recorded is None:
         return TrainingError(
-            f"the training ended {meaning_of(return_code)}, and no rank left an error; its log is above",
+            f"the training ended {meaning_of(return_code)}, and no rank left an error; its log is above"
+            f"{_advice(return_code)}",
             passing=-return_code in PASSING_SIGNALS,
         )
     waited = minutes_waited(recorded.message)
@@ -114,7 +115,7 @@ def training_error(error_file: Path, return_code: int) -> TrainingError:
     passing = -recorded.exit_code in PASSING_SIGNALS or kind in PASSING_ERRORS or recorded.is_victim
     if recorded.traceback:
         return TrainingError(f"the training failed with {recorded.message}\n\n{recorded.traceback}", passing=passing)
-    return TrainingError(f"the training failed: {recorded.message}", passing=passing)
+    return TrainingError(f"the training failed: {recorded.message}{_advice(recorded.exit_code)}", passing=passing)
 
 
 def minutes_waited(message: str) -> float | None:
@@ -165,6 +166,15 @@ def _read_error(path: Path) -> _Recorded | None:
     except (OSError, ValueError, KeyError, TypeError):
         # Not there, or cut short with the rank that wrote it: the exit code is what is left to tell.
         return None
+
+
+def _advice(return_code: int) -> str:
+    if return_code != -signal.SIGKILL:
+        return ""
+    return (
+        ". If memory was short: lower batch_size, set gradient_checkpointing: true, or free some; the log's line "
+        "`preflight` says how much was expected. Started again, it goes on from its last checkpoint"
+    )
 
 
 def meaning_of(return_code: int) -> str:

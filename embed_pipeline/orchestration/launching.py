@@ -14,7 +14,9 @@ from embed_pipeline.training.job import TrainingJob
 def launch_under_dagster(
     context: dg.AssetExecutionContext, job: TrainingJob, job_file: Path, tracked: TrackedRun | None, site: Site
 ) -> None:
-    """Run `job` to its end. Step metrics appear as asset observations while it runs; cancelling ends every process.
+    """Run `job` to its end. The forecast, then step metrics, appear as asset observations while it runs.
+
+    Cancelling ends every process.
 
     Raises TrainingError with the first failing rank's cause.
     """
@@ -35,6 +37,13 @@ def launch_under_dagster(
                     context.log_event(dg.AssetObservation(context.asset_key, metadata=metadata))
                     shown = ", ".join(f"{name} {value:.4g}" for name, value in message["metrics"].items())
                     context.log.info(f"step {message['step']}: {shown}")
+                if isinstance(message, dict) and message.get("type") == "preflight":
+                    told = {name: value for name, value in message["told"].items() if value}
+                    context.log_event(dg.AssetObservation(context.asset_key, metadata=told))
+                    if "preflight" in told:
+                        context.log.info(told["preflight"])
+                    for warning in told.get("warnings", ()):
+                        context.log.warning(warning)
             seen = len(messages)
 
         launch_training(job, job_file, tracked, site, env=session.get_bootstrap_env_vars(), on_poll=report_progress)

@@ -74,7 +74,12 @@ def training_metadata(model: Artifact) -> dict[str, Any]:
 
     curve = picture(training_curve(model.path), "loss and the dev figure over steps")
     card = (model.path / MODEL_FOLDER / "README.md").read_text()
-    figures = {name: value for name, value in model.report.items() if isinstance(value, int | float | str)}
+    figures: dict[str, Any] = {
+        name: value for name, value in model.report.items() if isinstance(value, int | float | str)
+    }
+    figures |= {f"truncated_{kind}": share for kind, share in model.report.get("truncated", {}).items()}
+    if warnings := model.report.get("warnings"):
+        figures["warnings"] = dg.MetadataValue.md("\n".join(f"- {warning}" for warning in warnings))
     return {**figures, "curve": curve, "card": dg.MetadataValue.md(card.partition("---\n")[2].partition("---\n")[2])}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,85 @@ def not_finite(name: str, value: float, step: int, args: TrainingArguments) -> T
         f"the {name} became {value} by step {step}, at learning_rate {args.learning_rate:g} in {arithmetic}. "
         "Lower learning_rate (2e-5 is a usual start), raise warmup_ratio, or set precision: float32"
     )
+
+
+class MovingLoss(TrainerCallback):
+    """Ends a training that learns nothing any more, one that runs away, and one in float16 that makes no steps.
+
+    `scale` gives the loss scaler's factor in float16. With `has_margin` a gradient of zero may mean that everything is
+    learnt: that is told, once.
+    """
+
+    def __init__(self, has_margin: bool, scale: Callable[[], float]) -> None:
+        self.has_margin, self.scale = has_margin, scale
+        self.logged: list[dict[str, float]] = []
+        self.told = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.logged = [row for row in state.log_history if "loss" in row]
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if "loss" not in (logs or {}):
+            return
+        self.logged.append(dict(logs or {}))
+        if args.fp16 and self.scale() < 1.0:
+            raise TrainingError(
+                f"float16 overflows in every step: the loss scale fell below 1 by step {state.global_step}, so no "
+                "step changes the weights. Set precision: bfloat16 or float32"
+            )
+        if (start := exploded([row["loss"] for row in self.logged])) is not None:
+            raise TrainingError(
+                f"the loss has run away: {self.logged[-1]['loss']:.4g} by step {state.global_step}, after {start:.4g} "
+                f"at the start, at learning_rate {args.learning_rate:g}. Lower learning_rate (2e-5 is usual) or "
+                "max_grad_norm, or raise warmup_ratio"
+            )
+        if not self.told and frozen(self.logged):
+            self.told = True
+            found = (
+                f"the loss has not moved for {FROZEN} logged figures: {self.logged[-1]['loss']:.6g} by step "
+                f"{state.global_step}, gradient {self.logged[-1].get('grad_norm', 0.0):.3g}"
+            )
+            if not self.has_margin:
+                raise TrainingError(
+                    f"{found}. All embeddings or scores have become alike, or learning_rate {args.learning_rate:g} "
+                    "is too small to change a weight. Lower learning_rate in the first case (2e-5 is a usual start), "
+                    "raise it in the second"
+                )
+            logger.warning("%s. Every margin is kept: raise loss_arguments.margin, or mine harder negatives", found)
+
+
+FROZEN = 20  # logged figures
+_LEARNT = 1e-6  # a loss so near zero may stand still
+
+
+def frozen(logged: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the last FROZEN figures say that nothing is learnt: no gradient, or one loss to the last digit.
+
+    A loss of zero is none of that: everything was learnt.
+    """
+    last = logged[-FROZEN:]
+    if len(last) < FROZEN or any(abs(row["loss"]) <= _LEARNT for row in last):
+        return False
+    return all(row.get("grad_norm") == 0.0 for row in last) or len({row["loss"] for row in last}) == 1
+
+
+def exploded(losses: Sequence[float], figures: int = 5, times: float = 10.0) -> float | None:
+    """The highest of the first `figures` losses, if the last ones are all so many `times` above it; else None.
+
+    Losses differ in scale and some begin near zero (hinges, small distances), so what counts as a start is at least 1:
+    below ten no loss has run away. A few high figures, or another source's loss in between, are none either.
+    """
+    if len(losses) < 2 * figures:
+        return None
+    start = max(losses[:figures])
+    return start if min(losses[-figures:]) > times * max(1.0, *map(abs, losses[:figures])) else None
 
 
 class Reporting(TrainerCallback):
@@ -107,13 +187,19 @@ class DevEvaluation(TrainerCallback):
         self.last_step = 0
         self.without_gain = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def measure_before(self, args: TrainingArguments) -> float:
+        """Measure the model as it comes, unless that was done already; how many seconds a measurement took."""
         if self.measure is None:
             logger.info("no dev split: no evaluation during training, the last weights are kept")
-            return
-        self.steps = {math.ceil(state.max_steps * i / self.evaluations) for i in range(1, self.evaluations + 1)}
+            return 0.0
+        started = time.monotonic()
         if self.before is None:
             self.before = self._measure(args, 0)
+        return time.monotonic() - started
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.measure is not None:
+            self.steps = {math.ceil(state.max_steps * i / self.evaluations) for i in range(1, self.evaluations + 1)}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step in self.steps:

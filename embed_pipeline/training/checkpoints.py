@@ -220,7 +220,7 @@ class Checkpoints(TrainerCallback):
 
 def _writer(job: TrainingJob, rank: Rank, prepared: Prepared[Any]) -> str:
     """Who may go on from a checkpoint: SHA-256 of everything that decides what a step does, but for paths."""
-    unimportant = {"checkpoint_minutes", "collective_timeout_minutes", "logging_steps"}
+    unimportant = {"checkpoint_minutes", "collective_timeout_minutes", "logging_steps", "preflight"}
     without: Any = {"guides": True, "teachers": True, "settings": unimportant}
     told = job.model_dump(mode="json", exclude=without)
     told = {name: value for name, value in told.items() if not isinstance(getattr(job, name), Path)}

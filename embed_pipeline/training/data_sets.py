@@ -34,7 +34,8 @@ def data_set(source: TrainingSource, settings: RowSettings, embeddings: np.ndarr
     rows = source.facts.rows[source.kind]
     if rows == "embeddings":
         assert embeddings is not None
-        return _embeddings(texts_to_embed(source, settings), embeddings)
+        columns = ("sentence1", "sentence2") if source.examples else (QUERY, "positive")
+        return _embeddings(columns, texts_to_embed(source, settings), embeddings)
     if source.examples:
         return _examples(source, rows)
     queries = with_teacher_scores(source) if rows.startswith("teacher") else iter(source.queries)
@@ -139,10 +140,10 @@ def _alike(source: TrainingSource, examples: Sequence[Example]) -> list[float]:
     return [float(one.score or 0.0) for one in examples]
 
 
-def _embeddings(texts: Sequence[tuple[str, str]], embeddings: np.ndarray) -> Dataset:
-    columns = {"sentence1": [pair[0] for pair in texts], "sentence2": [pair[1] for pair in texts]}
+def _embeddings(names: tuple[str, str], texts: Sequence[tuple[str, str]], embeddings: np.ndarray) -> Dataset:
+    columns = dict(zip(names, map(list, zip(*texts, strict=True)), strict=True))
     label = List(Value("float32")) if embeddings.ndim == 2 else Array2D(embeddings.shape[1:], "float32")
-    features = Features({"sentence1": Value("string"), "sentence2": Value("string"), "label": label})
+    features = Features({**{name: Value("string") for name in names}, "label": label})
     return Dataset.from_dict({**columns, "label": list(embeddings)}, features=features)
 
 

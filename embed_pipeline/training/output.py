@@ -45,6 +45,12 @@ class Summary:
     pinned_memory: bool
     threads: int
     seed: int
+    batch_size: int  # that was trained with: find_batch_size may have found a smaller one
+    truncated: dict[str, float]  # kind of text -> share that is cut to the maximum length, of a sample
+    warnings: list[str]  # what of the rows costs something
+    preflight: str | None = None  # what was forecast, in a sentence; not of a training that went on
+    forecast_seconds: float | None = None
+    forecast_memory: int | None = None  # bytes, of the process that needs most
 
 
 def write_model(model: SentenceTransformer | CrossEncoder, job: TrainingJob, summary: Summary, card: str) -> Path:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from embed_pipeline.tracking.metrics import MetricsLogger
 from embed_pipeline.training.job import TRAINING_LOG_FILE
@@ -46,6 +46,11 @@ class Reporter:
             self.pipes.report_custom_message({"type": "metrics", "step": step, "metrics": metrics})
         if self.mlflow is not None:
             self.mlflow.log(metrics, step)
+
+    def tell(self, told: dict[str, Any]) -> None:
+        """What is known before the first step: the forecast, and what of the rows costs something."""
+        if self.pipes is not None:
+            self.pipes.report_custom_message({"type": "preflight", "told": told})
 
 
 @contextlib.contextmanager

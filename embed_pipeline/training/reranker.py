@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from embed_pipeline.launch.ending import leave, run_and_leave
 from embed_pipeline.models.reranker import Reranker
+from embed_pipeline.training.batch_size import prepare_with_batch_size
 from embed_pipeline.training.dev import RerankerDev
 from embed_pipeline.training.engines import module_of
 from embed_pipeline.training.job import RerankerJob
@@ -34,12 +35,15 @@ def main(job_file: Path) -> None:
         sources = read_reranker_sources(job)
         dev = RerankerDev.read(job)
         engine = importlib.import_module(module_of(job.settings.engine, "reranker"))
-        prepared = engine.prepare(job, rank, sources, work_folder(job))
+        job, prepared = prepare_with_batch_size(
+            job, rank, sources, lambda job: engine.prepare(job, rank, sources, work_folder(job))
+        )
         model = prepared.model
         summary = train(
             job,
             rank,
             prepared,
+            sources,
             (lambda: dev.measure(model, rank.precision)) if dev else None,
             metric="ndcg_at_10",
             queries=sources[0].size,

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ class TrainingQuery:
     random: tuple[str, ...] = ()  # random passages, for as many groups as `random_negatives.turns` says
     positive_scores: tuple[float, ...] = ()  # a teacher's logits; empty where a text of the query has none
     negative_scores: tuple[float, ...] = ()
+    mined: Literal["some", "random", "none"] = "some"  # random: mining added random passages only; none: we did, here
 
     @property
     def has_scores(self) -> bool:
@@ -62,6 +63,8 @@ def read_training_queries(
     if wanted is not None and wanted < len(rows):
         chosen = np.random.default_rng(seed).choice(len(rows), size=wanted, replace=False)
         rows = [rows[i] for i in np.sort(chosen)]
+    for row in rows:
+        row["mined"] = "some" if set(row["negative_origins"]) - {"random"} else "random"
     random_needed = settings.random_negatives if isinstance(settings, RerankerSettings) else 0
     negatives_needed = settings.train_group_size - 1 - random_needed
     if settings.train_group_size > 1:
@@ -83,6 +86,7 @@ def read_training_queries(
             tuple(passages[id] for id in row.get("random_ids", ())),
             tuple(row["positive_teacher_scores"] or ()),
             tuple(row["negative_teacher_scores"] or ()),
+            row["mined"],
         )
         for row in rows
     ]
@@ -183,7 +187,7 @@ def _fill_empty(rows: list[dict[str, Any]], cleaned_pairs: Path, seed: int, coun
         refused = {cluster_of.get(id) for id in row["known_ids"]}
         drawn = generator.permutation(len(passage_ids))[: count + _members(clusters, refused)]
         row["negative_ids"] = [passage_ids[i] for i in drawn if clusters[i] not in refused][:count]
-        row["negative_teacher_scores"] = None
+        row["negative_teacher_scores"], row["mined"] = None, "none"
         if not row["negative_ids"]:
             raise TrainingError(
                 f"query {row['query_id']!r} has no negative and the corpus holds nothing but its positives. Train with "

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import Trainer
 
 from embed_pipeline.errors import TrainingError
-from embed_pipeline.losses import EMBEDDER_LOSSES
-from embed_pipeline.settings import EmbedderSettings
-from embed_pipeline.training.callbacks import DevEvaluation, FiniteLoss, Reporting
+from embed_pipeline.training.callbacks import DevEvaluation, FiniteLoss, MovingLoss, Reporting
 from embed_pipeline.training.checkpoints import Checkpoints
+from embed_pipeline.training.data_checks import DataReport, check_data
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.hardware import in_force
 from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TrainingJob
 from embed_pipeline.training.modules import merge_adapters
 from embed_pipeline.training.output import Summary
-from embed_pipeline.training.process import Rank, check_same_weights, check_synchronised
+from embed_pipeline.training.preflight import Forecast, less_memory, preflight
+from embed_pipeline.training.process import Rank, check_same_weights, check_synchronised, from_main
 from embed_pipeline.training.reporting import Reporter
+from embed_pipeline.training.sources import TrainingSource
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ def train(
     job: TrainingJob,
     rank: Rank,
     prepared: Prepared[SentenceTransformer] | Prepared[CrossEncoder],
+    sources: Sequence[TrainingSource],
     measure: Callable[[], dict[str, float]] | None,
     *,
     metric: str,
@@ -56,10 +60,12 @@ def train(
 ) -> Summary:
     """Train; on rank 0 the model then has its best weights. `measure` gives the dev figures of the model as it is.
 
-    Raises TrainingError when the loss stops being a number, memory runs out, or not one step was made.
+    Raises TrainingError when its rows or its preflight show that it cannot end well, when the loss stops being a number
+    or moving, memory runs out, or not one step was made.
     """
     trainer, settings = prepared.trainer, job.settings
     check_synchronised(trainer.args, rank)
+    report = from_main(check_data(job, prepared.model, sources) if rank.is_main else DataReport({}, []))
     evaluation = DevEvaluation(
         measure,
         metric,
@@ -70,6 +76,8 @@ def train(
         reporter=reporter,
     )
     trainer.add_callback(FiniteLoss())
+    has_margin = settings.engine == "sentence-transformers" and any(source.facts.has_margin for source in sources)
+    trainer.add_callback(MovingLoss(has_margin, lambda: trainer.accelerator.scaler.get_scale()))
     if reporter is not None:
         trainer.add_callback(Reporting(reporter))
     trainer.add_callback(evaluation)
@@ -81,8 +89,14 @@ def train(
         steps_before, seconds_before = checkpoints.steps_before, checkpoints.seconds_before
     habits = in_force(trainer.args, prepared.model)
     logger.info("training in %s", habits.told(rank.precision, rank.device))
-    started = time.monotonic()
-    _run(trainer, job, rank, sum(prepared.rows.values()), resume_from)
+    forecast = None
+    with plain_memory_errors(job):
+        if settings.preflight:
+            forecast = preflight(job, rank, prepared, sources, resumed=resume_from is not None)
+        started = time.monotonic()
+        evaluation_seconds = evaluation.measure_before(trainer.args)
+        told = _tell(forecast, report, evaluation_seconds, settings.evaluations, reporter)
+        _run(trainer, job, rank, sum(prepared.rows.values()), resume_from)
     seconds, steps = time.monotonic() - started, trainer.state.global_step
     check_same_weights(prepared.model)
     if rank.is_main:
@@ -109,17 +123,35 @@ def train(
         **asdict(habits),
         threads=rank.threads,
         seed=job.seed,
+        batch_size=settings.batch_size,
+        **told,
     )
 
 
+def _tell(
+    forecast: Forecast | None, report: DataReport, evaluation: float, evaluations: int, reporter: Reporter | None
+) -> dict[str, Any]:
+    """Tell a person what is coming, in the log and in Dagster; the same for the summary."""
+    told: dict[str, Any] = {"truncated": report.truncated, "warnings": report.warnings}
+    for warning in report.warnings if reporter is not None else ():
+        logger.warning("%s", warning)
+    if forecast is not None:
+        seconds = forecast.seconds(evaluation, evaluations)
+        told |= {
+            "preflight": forecast.sentence(seconds),
+            "forecast_seconds": round(seconds, 1),
+            "forecast_memory": forecast.memory,
+        }
+        if reporter is not None:
+            logger.info("%s", told["preflight"])
+    if reporter is not None:
+        reporter.tell(told)
+    return told
+
+
 def _run(trainer: Trainer, job: TrainingJob, rank: Rank, rows: int, resume_from: str | None) -> None:
-    batch_size, group_size = job.settings.batch_size, job.settings.train_group_size
-    try:
-        trainer.train(resume_from_checkpoint=resume_from)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"out of GPU memory at batch_size {batch_size} x train_group_size {group_size}: {error}. {_smaller(job)}"
-        ) from error
+    batch_size = job.settings.batch_size
+    trainer.train(resume_from_checkpoint=resume_from)
     if trainer.state.global_step == 0:
         raise TrainingError(
             f"no step was made: among {rows} rows no {batch_size * rank.world_size} have texts of their own, and equal "
@@ -127,17 +159,19 @@ def _run(trainer: Trainer, job: TrainingJob, rank: Rank, rows: int, resume_from:
         )
 
 
-def _smaller(job: TrainingJob) -> str:
-    """What makes a step fit, what costs least first."""
-    settings = job.settings
-    if isinstance(settings, EmbedderSettings) and settings.engine == "sentence-transformers":
-        loss = EMBEDDER_LOSSES[settings.loss_for(job.source_kind)]
-        if loss.caches or loss.cached:  # the batch stays as it is, and so do its negatives
-            part = max(1, (settings.sub_batch_size or settings.batch_size) // 2)
-            return f"Set sub_batch_size: {part} (gradient caching: the same step in parts), or lower batch_size"
-    if not settings.gradient_checkpointing:
-        return "Set gradient_checkpointing: true, or lower batch_size"
-    return "Lower batch_size, and raise gradient_accumulation_steps by as much"
+@contextlib.contextmanager
+def plain_memory_errors(job: TrainingJob) -> Iterator[None]:
+    """Memory that cannot be had, on a GPU or a CPU, becomes a TrainingError with what takes less of it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise TrainingError(
+            f"out of {'GPU ' if on_gpu else ''}memory at batch_size {job.settings.batch_size} x train_group_size "
+            f"{job.settings.train_group_size}: {error}. {less_memory(job)}"
+        ) from error
 
 
 def _better(metric: str, before: float | None, after: float | None) -> bool | None:

@@ -112,6 +112,7 @@ def _metrics_came_live(result: dg.ExecuteInProcessResult) -> None:
     losses = [o.metadata["loss"].value for o in of_embedder if "loss" in o.metadata]
     assert len(losses) == 4
     assert any("dev_ndcg_at_10" in o.metadata for o in of_embedder)
+    assert [o.metadata["preflight"].value for o in of_embedder if "preflight" in o.metadata]
 
 
 def _mlflow_runs(small: SmallPipeline) -> dict[str, mlflow.entities.Run]:

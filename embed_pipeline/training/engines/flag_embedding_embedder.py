@@ -39,6 +39,9 @@ def prepare(job: EmbedderJob, rank: Rank, sources: list[TrainingSource], work: P
     """
     settings = job.settings
     check_steps(job, rank, sum(source.size for source in sources), "queries")
+    if settings.arguments.get("same_dataset_within_batch"):
+        for source in sources:  # else the library leaves it out without a word
+            check_steps(job, rank, source.size, f"queries of {source.name}")
     model = load_sentence_transformer(
         job.base_model, settings.encoding, device=rank.device, trust_remote_code=job.trust_remote_code
     )
@@ -59,8 +62,9 @@ def prepare(job: EmbedderJob, rank: Rank, sources: list[TrainingSource], work: P
             train_group_size=settings.train_group_size,
             query_max_len=encoding.query_max_length,
             passage_max_len=encoding.passage_max_length,
-            query_instruction_for_retrieval=encoding.query_prompt or None,
-            passage_instruction_for_retrieval=encoding.passage_prompt or None,
+            # Never None: with same_dataset_within_batch, "None" would stand before every query.
+            query_instruction_for_retrieval=encoding.query_prompt or "",
+            passage_instruction_for_retrieval=encoding.passage_prompt or "",
             knowledge_distillation=settings.knowledge_distillation,
             **arguments_for(settings, "data"),
         ),
