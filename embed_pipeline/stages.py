@@ -22,6 +22,7 @@ from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Re
 from embed_pipeline.champions import Champion, models_of, pair_key, pointer, read_history
 from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError, HubError
 from embed_pipeline.evaluation.guard_files import guard_digest
+from embed_pipeline.launch.job import Job
 from embed_pipeline.launch.torchrun import has_gpu_driver, processes_per_node
 from embed_pipeline.launch.training import launch_training
 from embed_pipeline.models.folder import pair_length
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from embed_pipeline.evaluation.guard_sets import GuardSet
     from embed_pipeline.mining.report import MiningReport
     from embed_pipeline.models.embedder import Embedder
+    from embed_pipeline.models.ranks import Ranks
     from embed_pipeline.publishing.card import Kind
     from embed_pipeline.tracking.promotion import Promoted
     from embed_pipeline.tracking.registry import Candidate
@@ -82,8 +84,8 @@ CODE_VERSIONS = {
     "hub": "1",
 }
 
-Launch = Callable[["TrainingJob", Path, "TrackedRun | None"], None]
-"""Runs a training job (its file is the second argument) to its end; raises TrainingError if it fails."""
+Launch = Callable[[Job, Path, "TrackedRun | None"], None]
+"""Runs a job (its file is the second argument) to its end; raises TrainingError if it fails."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def make_cleaned_pairs(pipeline: Pipeline) -> Produced:
     return pipeline.store.produce("cleaned_pairs", recipe, [raw], make, content=handed_over)
 
 
-def make_hard_negatives(pipeline: Pipeline) -> Produced:
+def make_hard_negatives(pipeline: Pipeline, launch: Launch = launch_training) -> Produced:
     """Cleaned pairs -> hard negatives as the base embedder retrieves them, for each source that has questions."""
     settings = pipeline.settings
     mined = [source for source in settings.sources if source.is_retrieval]
@@ -232,13 +234,14 @@ def make_hard_negatives(pipeline: Pipeline) -> Produced:
     digests = {"base_embedder": weights_digest(base), **_cross_encoder_digest(pipeline)}
 
     def make(out: Path) -> Made:
-        embedder = base_embedder(pipeline)
+        ranks = ranks_of(pipeline, launch)
+        embedder = base_embedder(pipeline, ranks)
         reports: dict[str | None, dict[str, Any]] = {}
         for source in mined:
             folder = source_folder(out, source.extra_name)
             folder.mkdir(parents=True, exist_ok=True)
             rows = source_folder(cleaned.path, source.extra_name)
-            report = _mine(pipeline, rows, embedder, settings.mining, folder)
+            report = _mine(pipeline, rows, embedder, settings.mining, folder, ranks)
             reports[source.extra_name] = report.model_dump(mode="json")
         extra = {name: report for name, report in reports.items() if name is not None}
         return Made({**reports.get(None, {}), "extra_sources": extra}, RunIds(dagster=pipeline.dagster_run_id))
@@ -293,7 +296,7 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
     return _produce_model(pipeline, "embedder", recipe, inputs, make)
 
 
-def make_merged_embedder(pipeline: Pipeline) -> Produced:
+def make_merged_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produced:
     """Fine-tuned embedder -> the same, or where it lost more than the guard sets allow, merged with its base."""
     from embed_pipeline.merging.trade_off import DIGEST_FILE
 
@@ -325,7 +328,7 @@ def make_merged_embedder(pipeline: Pipeline) -> Produced:
                 settings.forgetting,
                 out,
                 encode_precision=settings.encode_precision,
-                cache_folder=pipeline.store.embeddings_folder,
+                ranks=ranks_of(pipeline, launch),
             )
             if tracked is not None:
                 tracked.log_parameters(told)
@@ -389,14 +392,17 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
         from embed_pipeline.mining.retrieve import retrieve
 
         pair_length(base, settings)  # lengths that the model cannot take are told before mining, not after
-        fine_tuned = fine_tuned_embedder(pipeline, embedder)
-        _mine(pipeline, cleaned.path, fine_tuned, mining, out)
+        ranks = ranks_of(pipeline, launch)
+        fine_tuned = fine_tuned_embedder(pipeline, embedder, ranks)
+        _mine(pipeline, cleaned.path, fine_tuned, mining, out, ranks)
         for extra in pipeline.settings.extra_sources:
             if extra.is_retrieval and extra.reranker_loss is not None:
                 folder = extra_folder(out, extra.name)
                 folder.mkdir(parents=True)
-                _mine(pipeline, extra_folder(cleaned.path, extra.name), fine_tuned, mining, folder)
-        candidates = retrieve(cleaned.path, fine_tuned, "dev", window, settings.dev_queries, pipeline.settings.seed)
+                _mine(pipeline, extra_folder(cleaned.path, extra.name), fine_tuned, mining, folder, ranks)
+        candidates = retrieve(
+            cleaned.path, fine_tuned, "dev", window, settings.dev_queries, pipeline.settings.seed, ranks=ranks
+        )
         write(candidates, CANDIDATES, out / CANDIDATES_FILE)
         job = RerankerJob(
             settings=settings,
@@ -417,7 +423,7 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
     return _produce_model(pipeline, "reranker", recipe, [cleaned, embedder], make)
 
 
-def make_evaluation(pipeline: Pipeline) -> Produced:
+def make_evaluation(pipeline: Pipeline, launch: Launch = launch_training) -> Produced:
     """Base models, candidate and champion on the test split -> figures, the gate's verdict, and the report."""
     settings = pipeline.settings
     cleaned, embedder, reranker = trained_together(pipeline)
@@ -453,7 +459,7 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
                 evaluators=_test_evaluators(pipeline, cleaned),
                 history=history_of(pipeline.store),
                 encode_precision=settings.encode_precision,
-                cache_folder=pipeline.store.embeddings_folder,
+                ranks=ranks_of(pipeline, launch),
                 title=settings.name,
                 versions={a.manifest.asset: a.version for a in inputs},
             )
@@ -614,7 +620,7 @@ def write_champion_cards(pipeline: Pipeline) -> dict[Kind, Path]:
     return write_cards(Carded(pipeline.settings, pipeline.store, champion), pointer(pipeline.store).resolve())
 
 
-def make_exports(pipeline: Pipeline) -> Produced:
+def make_exports(pipeline: Pipeline, launch: Launch = launch_training) -> Produced:
     """The champion -> its other forms, each measured on the test split against the original; one table."""
     from embed_pipeline.exporting.forms import REPORT_FILE, TABLE_FILE, check_packages, library_versions
 
@@ -658,7 +664,7 @@ def make_exports(pipeline: Pipeline) -> Produced:
                 out,
                 parity=read_parity(evaluation.path) if reranker else None,
                 precision=settings.encode_precision,
-                cache_folder=store.embeddings_folder,
+                ranks=ranks_of(pipeline, launch),
                 versions={artifact.manifest.asset: artifact.version for artifact in inputs},
             )
             if tracked is not None:
@@ -848,7 +854,15 @@ def _title(artifact: Artifact) -> str:
     return f"{artifact.manifest.pipeline}/{artifact.manifest.asset} {artifact.version}"
 
 
-def base_embedder(pipeline: Pipeline) -> Embedder:
+def ranks_of(pipeline: Pipeline, launch: Launch) -> Ranks:
+    """How many processes encode and search for this pipeline's stages; they meet in its store."""
+    from embed_pipeline.models.ranks import Ranks
+
+    processes = processes_per_node(pipeline.settings.encode_processes)
+    return Ranks(pipeline.store.embeddings_folder, processes, launch)
+
+
+def base_embedder(pipeline: Pipeline, ranks: Ranks) -> Embedder:
     """The base model, encoding as the pipeline's YAML says."""
     from embed_pipeline.models.embedder import Embedder
 
@@ -859,11 +873,11 @@ def base_embedder(pipeline: Pipeline) -> Embedder:
         settings.embedder.encoding,
         precision=settings.encode_precision,
         trust_remote_code=source.trust_remote_code,
-        cache_folder=pipeline.store.embeddings_folder,
+        ranks=ranks,
     )
 
 
-def fine_tuned_embedder(pipeline: Pipeline, embedder: Artifact) -> Embedder:
+def fine_tuned_embedder(pipeline: Pipeline, embedder: Artifact, ranks: Ranks) -> Embedder:
     """A trained embedder, encoding as its own folder says."""
     from embed_pipeline.models.embedder import Embedder
 
@@ -872,7 +886,7 @@ def fine_tuned_embedder(pipeline: Pipeline, embedder: Artifact) -> Embedder:
         embedder.path / MODEL_FOLDER,
         precision=settings.encode_precision,
         trust_remote_code=settings.embedder.base_model.trust_remote_code,
-        cache_folder=pipeline.store.embeddings_folder,
+        ranks=ranks,
     )
 
 
@@ -952,7 +966,9 @@ def _watched(tracked: TrackedRun | None) -> AbstractContextManager[None]:
     return nullcontext() if tracked is None else tracked.system_metrics_of_this_process()
 
 
-def _mine(pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: MiningSettings, out: Path) -> MiningReport:
+def _mine(
+    pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: MiningSettings, out: Path, ranks: Ranks
+) -> MiningReport:
     from embed_pipeline.mining.mine import mine
     from embed_pipeline.models.reranker import Reranker
 
@@ -964,6 +980,7 @@ def _mine(pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: Minin
             max_length=settings.cross_encoder.max_length,
             precision=pipeline.settings.encode_precision,
             trust_remote_code=source.trust_remote_code,
+            ranks=ranks,
         )
     return mine(
         cleaned,
@@ -973,6 +990,7 @@ def _mine(pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: Minin
         out,
         cross_encoder=cross_encoder,
         keep_scored=pipeline.settings.learns_given_scores,
+        ranks=ranks,
     )
 
 

@@ -1,18 +1,18 @@
-"""A training job on this machine, as every caller starts it: Dagster, a notebook, a benchmark."""
+"""A job on this machine, as every caller starts it: Dagster, a notebook, a benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from embed_pipeline.launch.job import Job
 from embed_pipeline.launch.local import run_local
 from embed_pipeline.launch.torchrun import torchrun_command
 from embed_pipeline.tracking.runs import TrackedRun
-from embed_pipeline.training.job import TrainingJob
 
 
 def launch_training(
-    job: TrainingJob,
+    job: Job,
     job_file: Path,
     tracked: TrackedRun | None = None,
     *,

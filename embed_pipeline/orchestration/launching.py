@@ -1,4 +1,4 @@
-"""A training under Dagster: torchrun on this machine, its rank 0 speaking through Dagster Pipes."""
+"""A job under Dagster: torchrun on this machine, its rank 0 speaking through Dagster Pipes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import dagster as dg
 
+from embed_pipeline.launch.job import Job
 from embed_pipeline.launch.training import launch_training
 from embed_pipeline.tracking.runs import TrackedRun
-from embed_pipeline.training.job import TrainingJob
 
 
 def launch_under_dagster(
-    context: dg.AssetExecutionContext, job: TrainingJob, job_file: Path, tracked: TrackedRun | None
+    context: dg.AssetExecutionContext, job: Job, job_file: Path, tracked: TrackedRun | None
 ) -> None:
     """Run `job` to its end. Step metrics appear as asset observations while it runs; cancelling ends every process.
 
