@@ -66,13 +66,13 @@ def missing_blocks(folder: Path, count: int) -> list[int]:
 def assemble(folder: Path, blocks: Sequence[np.ndarray], file: Path) -> None:
     """All blocks' rows -> one (n, ...) float32 array in the order of the texts, at `file` in one rename.
 
-    Raises ValueError where there is no block: then nothing tells how long a row is.
+    One process at a time. Raises ValueError where there is no block: then nothing tells how long a row is.
     """
     if not blocks:
         raise ValueError("nothing to assemble")
     rows = sum(map(len, blocks))
     first = np.load(block_file(folder, 0), mmap_mode="r")
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial = file.with_name(f".{file.name}.partial")  # what a kill leaves is overwritten, not left lying
     whole = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(rows, *first.shape[1:]))
     for block, of_block in enumerate(blocks):
         whole[of_block] = np.load(block_file(folder, block))

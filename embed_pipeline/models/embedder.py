@@ -15,7 +15,7 @@ from embed_pipeline.errors import ModelError
 from embed_pipeline.models.folder import usable_length
 from embed_pipeline.models.job import EncodingJob, Task
 from embed_pipeline.models.precision import ResolvedPrecision, autocast, default_device, resolve_precision
-from embed_pipeline.models.ranks import ALONE, Ranks, model_digest, texts_digest
+from embed_pipeline.models.ranks import ALONE, Ranks, model_digest, set_aside, texts_digest
 from embed_pipeline.settings import EncodingSettings, Precision
 
 _WHAT = {"query": "queries", "document": "passages", "sentence": "sentences"}
@@ -156,6 +156,7 @@ class Embedder:
         what = f"encoding {len(texts)} {_WHAT[task]} in {self.precision} on {self.device}"
 
         def job(folder: Path, blocks: tuple[int, ...]) -> EncodingJob:
+            set_aside(self.model)
             return EncodingJob(
                 folder=folder,
                 world_size=self.ranks.processes,
@@ -168,7 +169,7 @@ class Embedder:
                 task=task,
             )
 
-        return self.ranks.compute(
+        found = self.ranks.compute(
             lambda: self._cache_file(texts, task),
             (texts,),
             lambda columns: self.compute(columns[0], task),
@@ -176,6 +177,8 @@ class Embedder:
             what=what,
             progress=progress,
         )
+        self.model.to(self.device)
+        return found
 
     def _cache_file(self, texts: Sequence[str], task: Task) -> Path:
         if self._digest is None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
@@ -172,6 +173,13 @@ class Ranks:
     def _launch(self, job: InferenceJob) -> None:
         assert self.launch is not None
         self.launch(job, job.write(), None)
+
+
+def set_aside(model: torch.nn.Module) -> None:
+    """Leave the GPU's memory to the rank that is about to use it; `model.to(device)` brings it back."""
+    if torch.cuda.is_available():
+        model.to("cpu")
+        torch.cuda.empty_cache()
 
 
 ALONE = Ranks()

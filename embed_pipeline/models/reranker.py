@@ -14,7 +14,7 @@ from embed_pipeline.models.blocks import Texts
 from embed_pipeline.models.folder import usable_length
 from embed_pipeline.models.job import ScoringJob
 from embed_pipeline.models.precision import ResolvedPrecision, autocast, default_device, resolve_precision
-from embed_pipeline.models.ranks import ALONE, Ranks, model_digest, texts_digest
+from embed_pipeline.models.ranks import ALONE, Ranks, model_digest, set_aside, texts_digest
 from embed_pipeline.settings import Precision
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Reranker:
             return np.empty(0, dtype=np.float32)
 
         def job(folder: Path, blocks: tuple[int, ...]) -> ScoringJob:
+            set_aside(self.model)
             return ScoringJob(
                 folder=folder,
                 world_size=self.ranks.processes,
@@ -89,7 +90,7 @@ class Reranker:
             )
 
         texts = ([query for query, _ in pairs], [passage for _, passage in pairs])
-        return self.ranks.compute(
+        found = self.ranks.compute(
             lambda: self._cache_file(texts),
             texts,
             lambda columns: self.compute(*columns),
@@ -97,6 +98,8 @@ class Reranker:
             what=f"scoring {len(pairs)} pairs in {self.precision} on {self.device}",
             progress=progress,
         )
+        self.model.to(self.device)
+        return found
 
     def compute(self, queries: Sequence[str], passages: Sequence[str]) -> np.ndarray:
         """Pairs -> (n,) float32 logits: here and now, past any cache."""
