@@ -3,7 +3,7 @@ several processes give the same bits, and memory does not grow with the embeddin
 
 Encodes the documentation that is installed with numpy and scipy with all-MiniLM-L6-v2 as the demo does, in turn and
 `--rounds` times: the whole list by the library's own `encode`, in blocks by this process, and in blocks by torchrun in
-`--processes`. Then fills a made-up matrix of 400,000 x 384 (614 MB) in memory and on disk, each in a process of its own,
+`--processes`. Then fills a made-up matrix of 400,000 x 384 (614 MB) in memory and on disk, each in its own process,
 and searches it. Prints the medians and their ratios, and what each took of memory; exits with 1 when a claim does not
 hold. What a second process gains is told without a claim: on one CPU it shares the cores with the first.
 
