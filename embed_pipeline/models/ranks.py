@@ -52,7 +52,8 @@ class Ranks:
 
     The calling process does the work as rank 0 of 1 until a torchrun job (see `models.rank`) would save more than its
     start costs. The results are the same, down to the last bit: a block of texts is encoded in the same batches by
-    whoever takes it, and searches are exact. Without a folder everything happens here and stays in memory.
+    whoever takes it, and searches are exact. (On a CPU a rank has fewer threads than a process alone; MiniLM's bits, at
+    least, do not depend on their number.) Without a folder everything happens here and stays in memory.
     """
 
     folder: Path | None = None
