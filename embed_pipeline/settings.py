@@ -970,6 +970,11 @@ class PipelineSettings(Settings):
     description: str = Field("", description="shown in the Dagster UI")
     seed: int = Field(42, ge=0, lt=2**31, description="of splits, samples, fresh weights and the order of rows")
     encode_precision: Precision = Field("auto", description="arithmetic when encoding for mining and evaluation")
+    encode_processes: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="that encode, score and search for mining and evaluation; auto: one on a CPU, one per visible GPU "
+        "otherwise. Started where they save more than their start costs; results are the same",
+    )
     source: SourceSettings
     extra_sources: tuple[ExtraSourceSettings, ...] = ()
     cleaning: CleaningSettings = CleaningSettings()

@@ -22,13 +22,14 @@ from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Re
 from embed_pipeline.champions import Champion, models_of, pair_key, pointer, read_history
 from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError, HubError
 from embed_pipeline.evaluation.guard_files import guard_digest
+from embed_pipeline.launch.job import Job, Site, launch_job
 from embed_pipeline.launch.nodes import NODES_FOLDER
 from embed_pipeline.launch.torchrun import has_gpu_driver, world_size
-from embed_pipeline.launch.training import Site, launch_training
 from embed_pipeline.models.folder import pair_length
 from embed_pipeline.models.source import locate, weights_digest
 from embed_pipeline.settings import (
     SMOKE_TEST_QUERIES,
+    LaunchSettings,
     LossSettings,
     MiningSettings,
     ModelSource,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from embed_pipeline.evaluation.guard_sets import GuardSet
     from embed_pipeline.mining.report import MiningReport
     from embed_pipeline.models.embedder import Embedder
+    from embed_pipeline.models.ranks import Ranks
     from embed_pipeline.publishing.card import Kind
     from embed_pipeline.tracking.promotion import Promoted
     from embed_pipeline.tracking.registry import Candidate
@@ -83,8 +85,8 @@ CODE_VERSIONS = {
     "hub": "1",
 }
 
-Launch = Callable[["TrainingJob", Path, "TrackedRun | None", Site], None]
-"""Runs a training job (its file is the second argument) to its end; raises TrainingError if it fails."""
+Launch = Callable[[Job, Path, "TrackedRun | None", Site], None]
+"""Runs a job (its file is the second argument) to its end; raises TrainingError if it fails."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def make_cleaned_pairs(pipeline: Pipeline) -> Produced:
     return pipeline.store.produce("cleaned_pairs", recipe, [raw], make, content=handed_over)
 
 
-def make_hard_negatives(pipeline: Pipeline) -> Produced:
+def make_hard_negatives(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
     """Cleaned pairs -> hard negatives as the base embedder retrieves them, for each source that has questions."""
     settings = pipeline.settings
     mined = [source for source in settings.sources if source.is_retrieval]
@@ -238,13 +240,14 @@ def make_hard_negatives(pipeline: Pipeline) -> Produced:
     digests = {"base_embedder": weights_digest(base), **_cross_encoder_digest(pipeline)}
 
     def make(out: Path) -> Made:
-        embedder = base_embedder(pipeline)
+        ranks = ranks_of(pipeline, launch)
+        embedder = base_embedder(pipeline, ranks)
         reports: dict[str | None, dict[str, Any]] = {}
         for source in mined:
             folder = source_folder(out, source.extra_name)
             folder.mkdir(parents=True, exist_ok=True)
             rows = source_folder(cleaned.path, source.extra_name)
-            report = _mine(pipeline, rows, embedder, settings.mining, folder)
+            report = _mine(pipeline, rows, embedder, settings.mining, folder, ranks)
             reports[source.extra_name] = report.model_dump(mode="json")
         extra = {name: report for name, report in reports.items() if name is not None}
         return Made({**reports.get(None, {}), "extra_sources": extra}, RunIds(dagster=pipeline.dagster_run_id))
@@ -254,7 +257,7 @@ def make_hard_negatives(pipeline: Pipeline) -> Produced:
     return pipeline.store.produce("hard_negatives", recipe, [cleaned], make, content=content)
 
 
-def make_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produced:
+def make_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
     """Cleaned pairs, with hard negatives where the source is mined -> fine-tuned embedder, by one torchrun job."""
     from embed_pipeline.training.job import EmbedderJob
 
@@ -299,7 +302,7 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
     return _produce_model(pipeline, "embedder", recipe, inputs, make)
 
 
-def make_merged_embedder(pipeline: Pipeline) -> Produced:
+def make_merged_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
     """Fine-tuned embedder -> the same, or where it lost more than the guard sets allow, merged with its base."""
     from embed_pipeline.merging.trade_off import DIGEST_FILE
 
@@ -331,7 +334,7 @@ def make_merged_embedder(pipeline: Pipeline) -> Produced:
                 settings.forgetting,
                 out,
                 encode_precision=settings.encode_precision,
-                cache_folder=pipeline.store.embeddings_folder,
+                ranks=ranks_of(pipeline, launch),
             )
             tracked.log_parameters(told)
             tracked.log_inputs(inputs, "merging")
@@ -367,7 +370,7 @@ def final_embedder(pipeline: Pipeline) -> Artifact:
     return final
 
 
-def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produced:
+def make_reranker(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
     """Negatives as the fine-tuned embedder retrieves them -> fine-tuned reranker, by one torchrun job."""
     from embed_pipeline.training.job import RerankerJob
 
@@ -394,14 +397,17 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
         from embed_pipeline.mining.retrieve import retrieve
 
         pair_length(base, settings)  # lengths that the model cannot take are told before mining, not after
-        fine_tuned = fine_tuned_embedder(pipeline, embedder)
-        _mine(pipeline, cleaned.path, fine_tuned, mining, out)
+        ranks = ranks_of(pipeline, launch)
+        fine_tuned = fine_tuned_embedder(pipeline, embedder, ranks)
+        _mine(pipeline, cleaned.path, fine_tuned, mining, out, ranks)
         for extra in pipeline.settings.extra_sources:
             if extra.is_retrieval and extra.reranker_loss is not None:
                 folder = extra_folder(out, extra.name)
                 folder.mkdir(parents=True)
-                _mine(pipeline, extra_folder(cleaned.path, extra.name), fine_tuned, mining, folder)
-        candidates = retrieve(cleaned.path, fine_tuned, "dev", window, settings.dev_queries, pipeline.settings.seed)
+                _mine(pipeline, extra_folder(cleaned.path, extra.name), fine_tuned, mining, folder, ranks)
+        candidates = retrieve(
+            cleaned.path, fine_tuned, "dev", window, settings.dev_queries, pipeline.settings.seed, ranks=ranks
+        )
         write(candidates, CANDIDATES, out / CANDIDATES_FILE)
         job = RerankerJob(
             settings=settings,
@@ -422,7 +428,7 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_training) -> Produ
     return _produce_model(pipeline, "reranker", recipe, [cleaned, embedder], make)
 
 
-def make_evaluation(pipeline: Pipeline) -> Produced:
+def make_evaluation(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
     """Base models, candidate and champion on the test split -> figures, the gate's verdict, and the report."""
     settings = pipeline.settings
     cleaned, embedder, reranker = trained_together(pipeline)
@@ -458,7 +464,7 @@ def make_evaluation(pipeline: Pipeline) -> Produced:
                 evaluators=_test_evaluators(pipeline, cleaned),
                 history=history_of(pipeline.store),
                 encode_precision=settings.encode_precision,
-                cache_folder=pipeline.store.embeddings_folder,
+                ranks=ranks_of(pipeline, launch),
                 title=settings.name,
                 versions={a.manifest.asset: a.version for a in inputs},
             )
@@ -618,7 +624,7 @@ def write_champion_cards(pipeline: Pipeline) -> dict[Kind, Path]:
     return write_cards(Carded(pipeline.settings, pipeline.store, champion), pointer(pipeline.store).resolve())
 
 
-def make_exports(pipeline: Pipeline) -> Produced:
+def make_exports(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
     """The champion -> its other forms, each measured on the test split against the original; one table."""
     from embed_pipeline.exporting.forms import REPORT_FILE, TABLE_FILE, check_packages, library_versions
 
@@ -662,7 +668,7 @@ def make_exports(pipeline: Pipeline) -> Produced:
                 out,
                 parity=read_parity(evaluation.path) if reranker else None,
                 precision=settings.encode_precision,
-                cache_folder=store.embeddings_folder,
+                ranks=ranks_of(pipeline, launch),
                 versions={artifact.manifest.asset: artifact.version for artifact in inputs},
             )
             tracked.log_parameters(told)
@@ -851,7 +857,24 @@ def _title(artifact: Artifact) -> str:
     return f"{artifact.manifest.pipeline}/{artifact.manifest.asset} {artifact.version}"
 
 
-def base_embedder(pipeline: Pipeline) -> Embedder:
+def ranks_of(pipeline: Pipeline, launch: Launch) -> Ranks:
+    """How many processes encode and search for this pipeline's stages; they meet in its store.
+
+    On this machine, and the others of `launch.kind: nodes`, which are alike. An allocation of Slurm or a Ray cluster may
+    have other devices than the process of the stage, which does a part itself.
+    """
+    from embed_pipeline.models.ranks import Ranks
+
+    told, site = pipeline.settings, pipeline.site
+    if told.launch.elsewhere:
+        site = replace(site, settings=LaunchSettings())
+    processes = world_size(site.settings, told.encode_processes)
+    return Ranks(
+        pipeline.store.embeddings_folder, processes, lambda job, file, tracked: launch(job, file, tracked, site)
+    )
+
+
+def base_embedder(pipeline: Pipeline, ranks: Ranks) -> Embedder:
     """The base model, encoding as the pipeline's YAML says."""
     from embed_pipeline.models.embedder import Embedder
 
@@ -862,11 +885,11 @@ def base_embedder(pipeline: Pipeline) -> Embedder:
         settings.embedder.encoding,
         precision=settings.encode_precision,
         trust_remote_code=source.trust_remote_code,
-        cache_folder=pipeline.store.embeddings_folder,
+        ranks=ranks,
     )
 
 
-def fine_tuned_embedder(pipeline: Pipeline, embedder: Artifact) -> Embedder:
+def fine_tuned_embedder(pipeline: Pipeline, embedder: Artifact, ranks: Ranks) -> Embedder:
     """A trained embedder, encoding as its own folder says."""
     from embed_pipeline.models.embedder import Embedder
 
@@ -875,7 +898,7 @@ def fine_tuned_embedder(pipeline: Pipeline, embedder: Artifact) -> Embedder:
         embedder.path / MODEL_FOLDER,
         precision=settings.encode_precision,
         trust_remote_code=settings.embedder.base_model.trust_remote_code,
-        cache_folder=pipeline.store.embeddings_folder,
+        ranks=ranks,
     )
 
 
@@ -958,7 +981,9 @@ def _guard_digests(pipeline: Pipeline) -> dict[str, str]:
     return {f"guard {guard.name}": guard_digest(guard, pipeline.folder) for guard in guards}
 
 
-def _mine(pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: MiningSettings, out: Path) -> MiningReport:
+def _mine(
+    pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: MiningSettings, out: Path, ranks: Ranks
+) -> MiningReport:
     from embed_pipeline.mining.mine import mine
     from embed_pipeline.models.reranker import Reranker
 
@@ -970,6 +995,7 @@ def _mine(pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: Minin
             max_length=settings.cross_encoder.max_length,
             precision=pipeline.settings.encode_precision,
             trust_remote_code=source.trust_remote_code,
+            ranks=ranks,
         )
     return mine(
         cleaned,
@@ -979,6 +1005,7 @@ def _mine(pipeline: Pipeline, cleaned: Path, embedder: Embedder, settings: Minin
         out,
         cross_encoder=cross_encoder,
         keep_scored=pipeline.settings.learns_given_scores,
+        ranks=ranks,
     )
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from embed_pipeline.errors import ModelError
 from embed_pipeline.evaluation.beside import Beside
@@ -41,6 +40,7 @@ from embed_pipeline.mining.retrieve import sample_rows
 from embed_pipeline.models.collection import Collection
 from embed_pipeline.models.embedder import Embedder
 from embed_pipeline.models.folder import has_trained_head
+from embed_pipeline.models.ranks import Ranks
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.settings import EncodingSettings, EvaluationSettings, Precision
 from embed_pipeline.training.job import MODEL_FOLDER
@@ -111,7 +111,7 @@ class Rankings:
     settings: EvaluationSettings
     seed: int
     precision: Precision
-    cache_folder: Path | None
+    ranks: Ranks
     progress: bool
     beside: Beside
 
@@ -163,7 +163,7 @@ class Rankings:
             encoding,
             precision=self.precision,
             trust_remote_code=self.models.trust_embedder_code,
-            cache_folder=self.cache_folder,
+            ranks=self.ranks,
         )
         embedded = rank_with_embedder(self.collection, embedder, self.depth, progress=self.progress)
         self.rankings[system] = embedded.ranking
@@ -174,9 +174,9 @@ class Rankings:
     def by_rerankers(self) -> None:
         candidates = self.rankings[EMBEDDER].of_rows(self.sampled)
         if self.models.base_reranker is not None:
-            torch.manual_seed(self.seed)  # the head that training began with, where the base has none
             length = self.models.base_reranker_max_length
-            logits = self._rerank(BASE_RERANKER, candidates, self.models.base_reranker, length)
+            # The head that training began with, where the base has none.
+            logits = self._rerank(BASE_RERANKER, candidates, self.models.base_reranker, length, self.seed)
             self.rankings[BASE_RERANKER] = reordered(candidates, logits, 0.0)
             self.milliseconds[BASE_RERANKER] += self.milliseconds[EMBEDDER]
             if has_trained_head(self.models.base_reranker):
@@ -192,12 +192,19 @@ class Rankings:
             if self.embedder_weight > 0:
                 self.rankings[RERANKER_ALONE] = reordered(candidates, logits, 0.0)
 
-    def _rerank(self, system: str, candidates: Ranking, folder: Path, max_length: int | None) -> np.ndarray:
+    def _rerank(
+        self, system: str, candidates: Ranking, folder: Path, max_length: int | None, seed: int | None = None
+    ) -> np.ndarray:
         top_k = self.settings.rerank_top_k
         name = SYSTEM_NAMES[system].lower()
         logger.info("%s: scoring %d passages for each of %d queries", name, top_k, len(self.sampled))
         reranker = Reranker(
-            folder, max_length=max_length, precision=self.precision, trust_remote_code=self.models.trust_reranker_code
+            folder,
+            max_length=max_length,
+            precision=self.precision,
+            trust_remote_code=self.models.trust_reranker_code,
+            ranks=self.ranks,
+            seed=seed,
         )
         reranked = rerank(self.collection, candidates, top_k, reranker, progress=self.progress)
         if system != BASE_PAIR:  # the base reranker once more, over other passages

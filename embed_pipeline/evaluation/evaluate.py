@@ -52,6 +52,7 @@ from embed_pipeline.evaluation.verdict import SYSTEM_NAMES, headline, verdicts
 from embed_pipeline.mining.report import excerpt
 from embed_pipeline.models.collection import Collection, load_collection
 from embed_pipeline.models.folder import has_trained_head
+from embed_pipeline.models.ranks import ALONE, Ranks
 from embed_pipeline.settings import EvaluationSettings, GateSettings, Precision
 from embed_pipeline.tables import PER_QUERY, PER_QUERY_FILE, RANKINGS, RANKINGS_FILE, write
 from embed_pipeline.training.job import MODEL_FOLDER
@@ -73,7 +74,7 @@ def evaluate(
     reranker_evaluators: RerankerEvaluators | None = None,
     history: Sequence[HistoryPoint] = (),
     encode_precision: Precision = "auto",
-    cache_folder: Path | None = None,
+    ranks: Ranks = ALONE,
     title: str = "Evaluation",
     versions: Mapping[str, str] | None = None,
     progress: bool = True,
@@ -101,7 +102,7 @@ def evaluate(
     check_folders(models)
     gate = gate or GateSettings()
     beside = Beside(settings, seed, guards, guard_part, evaluators, reranker_evaluators)
-    ranked = Rankings(collection, models, settings, seed, encode_precision, cache_folder, progress, beside)
+    ranked = Rankings(collection, models, settings, seed, encode_precision, ranks, progress, beside)
     ranked.by_champion()  # first: where it no longer loads, there is nothing to compare with
     ranked.by_bm25()
     ranked.by_embedders()

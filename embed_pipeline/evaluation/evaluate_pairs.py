@@ -26,6 +26,7 @@ from embed_pipeline.evaluation.similarities import Similarities, compare_similar
 from embed_pipeline.evaluation.verdict import headline_of_pairs
 from embed_pipeline.mining.report import excerpt
 from embed_pipeline.models.embedder import Embedder
+from embed_pipeline.models.ranks import ALONE, Ranks
 from embed_pipeline.settings import EncodingSettings, EvaluationSettings, GateSettings, Precision
 from embed_pipeline.tables import SIMILARITIES, SIMILARITIES_FILE, write
 
@@ -49,7 +50,7 @@ def evaluate_pairs(
     evaluators: EmbedderEvaluators | None = None,
     history: Sequence[HistoryPoint] = (),
     encode_precision: Precision = "auto",
-    cache_folder: Path | None = None,
+    ranks: Ranks = ALONE,
     title: str = "Evaluation",
     versions: Mapping[str, str] | None = None,
     progress: bool = True,
@@ -78,7 +79,7 @@ def evaluate_pairs(
             encoding,
             precision=encode_precision,
             trust_remote_code=models.trust_embedder_code,
-            cache_folder=cache_folder,
+            ranks=ranks,
         )
         pairs.measure(system, embedder, progress=progress)
         beside.measure(system, embedder)

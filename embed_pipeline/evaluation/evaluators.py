@@ -61,6 +61,7 @@ from embed_pipeline.losses import RETRIEVAL_KINDS, SourceKind
 from embed_pipeline.models.collection import load_collection
 from embed_pipeline.models.embedder import Embedder
 from embed_pipeline.models.reranker import Reranker
+from embed_pipeline.models.search import finite_rows
 from embed_pipeline.tables import EXAMPLES_FILE
 
 if TYPE_CHECKING:
@@ -614,7 +615,7 @@ class _Encoded:
         new = [text for text in dict.fromkeys(texts) if text not in known]
         if new:
             found = encode(new, progress=False)
-            if not np.isfinite(found).all():
+            if not finite_rows(found).all():
                 raise _NotFiniteError
             known.update(zip(new, found, strict=True))
         matrix = np.stack([known[text] for text in texts])

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from embed_pipeline.evaluation.metrics import Qrels, ndcg_at_10
-from embed_pipeline.models.search import search
+from embed_pipeline.models.search import finite_rows, search
 
 if TYPE_CHECKING:
     from embed_pipeline.mining.mine import EncodesTexts
@@ -29,7 +27,7 @@ def ndcg_at_10_of(
     """
     encoded_queries = embedder.encode_queries(list(queries.values()), progress=progress)
     encoded_passages = embedder.encode_passages(list(passages.values()), progress=progress)
-    if not (np.isfinite(encoded_queries).all() and np.isfinite(encoded_passages).all()):
+    if not (finite_rows(encoded_queries).all() and finite_rows(encoded_passages).all()):
         return dict.fromkeys(queries, float("nan"))
     indices, scores = search(encoded_queries, encoded_passages, 10, device=device, progress=progress)
     ids = list(passages)

@@ -16,7 +16,6 @@ from embed_pipeline.errors import ArtifactError, ModelError
 from embed_pipeline.models.blend import blend
 from embed_pipeline.models.collection import Collection
 from embed_pipeline.models.embedder import Embedder
-from embed_pipeline.models.precision import autocast
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.models.search import pair_scores, search
 from embed_pipeline.tables import RANKINGS
@@ -85,7 +84,7 @@ def rank_with_embedder(collection: Collection, embedder: Embedder, top_k: int, *
     """Encode everything (or read it from the embedder's cache) and search exactly. Raises ModelError on NaN."""
     passages = embedder.encode_passages(collection.texts, progress=progress)
     queries = embedder.encode_queries(collection.queries, progress=progress)
-    indices, scores = search(queries, passages, top_k, progress=progress)
+    indices, scores = embedder.ranks.search(queries, passages, top_k, progress=progress)
     ranking = Ranking(np.arange(len(queries)), indices, scores)
     positive_scores = pair_scores(queries, passages, *collection.positives())
     others = ~_is_positive(collection, indices)
@@ -120,7 +119,7 @@ def rerank(
     singly = pairs[: _LATENCY_QUERIES + 1]
     return Reranked(
         logits.reshape(window.shape),
-        _median_milliseconds(lambda of_query: reranker.score(of_query, progress=False), singly),
+        _median_milliseconds(lambda of_query: reranker.compute(*zip(*of_query, strict=True)), singly),
     )
 
 
@@ -166,9 +165,7 @@ def _latency(collection: Collection, embedder: Embedder, passages: np.ndarray) -
 
     def answer(text: str) -> None:
         # Past the cache, which would answer instead of the model.
-        with autocast(embedder.precision, embedder.device):
-            query = embedder.model.encode_query([text], show_progress_bar=False, normalize_embeddings=True)
-        search(np.asarray(query, dtype=np.float32), passages, 10)
+        search(embedder.compute([text], "query"), passages, 10)
 
     return _median_milliseconds(answer, collection.queries[: _LATENCY_QUERIES + 1])
 

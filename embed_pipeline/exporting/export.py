@@ -34,6 +34,7 @@ from embed_pipeline.exporting.runtime import ExportedEmbedder, ExportedReranker
 from embed_pipeline.exporting.snippets import BINARY, INT8, cut_snippet, graph_snippet, reranker_snippet
 from embed_pipeline.exporting.vectors import BinaryVectors, CutVectors, Int8Vectors, VectorForm, least_cosine
 from embed_pipeline.models.embedder import Embedder
+from embed_pipeline.models.ranks import ALONE, Ranks
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.publishing.tables import metric_name
 from embed_pipeline.settings import EvaluationSettings, ExportSettings, Precision
@@ -63,7 +64,7 @@ def export(
     *,
     parity: Parity | None = None,
     precision: Precision = "auto",
-    cache_folder: Path | None = None,
+    ranks: Ranks = ALONE,
     versions: Mapping[str, str] | None = None,
 ) -> ExportReport:
     """Make and measure every form that `settings` wants; those that are good enough stay in `out/<form>/`.
@@ -74,9 +75,7 @@ def export(
 
     Raises ModelError when the original does not load or gives NaN, or has fewer dimensions than are asked for.
     """
-    original = Embedder(
-        models.embedder, precision=precision, trust_remote_code=models.trust_embedder_code, cache_folder=cache_folder
-    )
+    original = Embedder(models.embedder, precision=precision, trust_remote_code=models.trust_embedder_code, ranks=ranks)
     encoded = test.encode(original)
     dimension = encoded.right.shape[1]
     if settings.dimensions and max(settings.dimensions) >= dimension:

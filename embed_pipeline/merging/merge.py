@@ -34,6 +34,7 @@ from embed_pipeline.merging.trade_off import (
 )
 from embed_pipeline.models.embedder import Embedder
 from embed_pipeline.models.interpolate import interpolate, save_as_trained
+from embed_pipeline.models.ranks import ALONE, Ranks
 from embed_pipeline.models.source import weights_digest
 from embed_pipeline.settings import EncodingSettings, ForgettingSettings, Precision
 from embed_pipeline.training.dev_set import EmbedderDevSet
@@ -62,7 +63,7 @@ def merge(
     out: Path,
     *,
     encode_precision: Precision = "auto",
-    cache_folder: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> MergingReport:
     """Measure base and fine-tuned embedder on the choosing halves of the guards, and merge them if need be.
 
@@ -72,7 +73,7 @@ def merge(
 
     Raises ModelError when the two models' tensors differ.
     """
-    bench = _Bench(models, dev, guards, encode_precision, cache_folder)
+    bench = _Bench(models, dev, guards, encode_precision, ranks)
     base_scores, base_dev = bench.measure(models.base, models.base_encoding)
     scores, fine_tuned_dev = bench.measure(models.fine_tuned)
     metric = dev.metric if isinstance(dev, DevPairs) else "ndcg_at_10"
@@ -137,7 +138,7 @@ class _Bench:
     dev: EmbedderDevSet | DevPairs | None
     guards: Sequence[GuardSet]
     precision: Precision
-    cache_folder: Path | None
+    ranks: Ranks
 
     def measure(
         self, folder: Path, encoding: EncodingSettings | None = None
@@ -148,7 +149,7 @@ class _Bench:
             encoding,
             precision=self.precision,
             trust_remote_code=self.models.trust_remote_code,
-            cache_folder=self.cache_folder,
+            ranks=self.ranks,
         )
         scores = {guard.settings.name: guard.measure(embedder, "choosing") for guard in self.guards}
         if isinstance(self.dev, DevPairs):

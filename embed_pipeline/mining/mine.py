@@ -16,7 +16,8 @@ from embed_pipeline.mining.report import MiningReport, MiningTimes, examples_of,
 from embed_pipeline.mining.select import ORIGINS, REASONS, Candidates, Selection, select
 from embed_pipeline.mining.teacher import CrossEncoderTeacher, ScoresPairs, TeacherScores, delivered_scores
 from embed_pipeline.models.collection import Collection, load_collection
-from embed_pipeline.models.search import pair_scores, search
+from embed_pipeline.models.ranks import ALONE, Ranks
+from embed_pipeline.models.search import pair_scores
 from embed_pipeline.settings import MiningSettings
 from embed_pipeline.tables import HARD_NEGATIVES, HARD_NEGATIVES_FILE, REFUSED, REFUSED_FILE, write
 
@@ -46,6 +47,7 @@ def mine(
     splits: Sequence[str] = ("train",),
     cross_encoder: ScoresPairs | None = None,
     keep_scored: bool = False,
+    ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> MiningReport:
     """Mine hard negatives for every query of `splits` that has a positive; see `select.select` for the rules.
@@ -75,7 +77,7 @@ def mine(
     passages = embedder.encode_passages(collection.texts, progress=progress)
     queries = embedder.encode_queries(collection.queries, progress=progress)
     encoded = time.perf_counter()
-    indices, scores = search(queries, passages, settings.top_k, progress=progress)
+    indices, scores = ranks.search(queries, passages, settings.top_k, progress=progress)
     searched = time.perf_counter()
     logger.info("selecting negatives among the top %d of %d queries", settings.top_k, len(collection.queries))
     teacher: CrossEncoderTeacher | TeacherScores

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from embed_pipeline.mining.mine import EncodesTexts
 from embed_pipeline.models.collection import load_collection
-from embed_pipeline.models.search import search
+from embed_pipeline.models.ranks import ALONE, Ranks
 from embed_pipeline.tables import CANDIDATES
 
 
@@ -21,6 +21,7 @@ def retrieve(
     max_queries: int | None,
     seed: int,
     *,
+    ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> pa.Table:
     """The `top_k` best passages for the queries of `split` that have a positive, or a seeded sample of them.
@@ -36,7 +37,7 @@ def retrieve(
     passages = embedder.encode_passages(collection.texts, progress=progress)
     # All of the split, so that a cached encoding serves whatever the sample.
     queries = embedder.encode_queries(collection.queries, progress=progress)[rows]
-    indices, scores = search(queries, passages, top_k, progress=progress)
+    indices, scores = ranks.search(queries, passages, top_k, progress=progress)
     return pa.table(
         {
             "query_id": pa.array(np.repeat(collection.query_ids[rows], indices.shape[1]), pa.string()),

@@ -1,13 +1,8 @@
-"""A bi-encoder as every stage uses it: one folder in, one float32 matrix out."""
+"""A bi-encoder as every stage uses it: one folder in, one float32 matrix out, memory-mapped where it is cached."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.metadata
-import logging
-import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +13,12 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 from embed_pipeline.errors import ModelError
 from embed_pipeline.models.folder import usable_length
+from embed_pipeline.models.job import EncodingJob, Task
 from embed_pipeline.models.precision import ResolvedPrecision, autocast, default_device, resolve_precision
-from embed_pipeline.models.source import weights_digest
+from embed_pipeline.models.ranks import ALONE, Ranks, model_digest, set_aside, texts_digest
 from embed_pipeline.settings import EncodingSettings, Precision
 
-logger = logging.getLogger(__name__)
-
+_WHAT = {"query": "queries", "document": "passages", "sentence": "sentences"}
 PASSAGE_PROMPT_NAMES = ("document", "passage", "corpus")
 
 
@@ -87,8 +82,9 @@ def encoding_of(model: SentenceTransformer) -> EncodingSettings:
 class Embedder:
     """Encodes queries and passages; rows are L2-normalised, so a dot product is the cosine similarity.
 
-    With `cache_folder`, a list of texts that was encoded before by the same weights, encoding and precision is read
-    back instead of encoded again.
+    With a folder in `ranks`, embeddings are memory-mapped from there, read-only: memory does not grow with them. A list
+    of texts that was encoded before by the same weights, encoding and precision is found instead of encoded again, and
+    one whose encoding was killed goes on where it was.
     """
 
     def __init__(
@@ -99,19 +95,20 @@ class Embedder:
         precision: Precision = "auto",
         device: str | None = None,
         trust_remote_code: bool = False,
-        cache_folder: Path | None = None,
+        ranks: Ranks = ALONE,
         batch_size: int = 64,
     ) -> None:
         self.device = device or default_device()
         self.precision = resolve_precision(precision, self.device)
         self.folder = folder
         self.batch_size = batch_size
-        self.cache_folder = cache_folder
+        self.ranks = ranks
         self.model = load_sentence_transformer(
             folder, encoding, device=self.device, trust_remote_code=trust_remote_code
         )
         self.model.eval()
         self.encoding = encoding_of(self.model)
+        self._asked_encoding, self._trust_remote_code = encoding, trust_remote_code
         self._digest: str | None = None
 
     @classmethod
@@ -119,7 +116,7 @@ class Embedder:
         """The same around a model that is in memory already, such as one in training; without a cache."""
         embedder = cls.__new__(cls)
         embedder.device, embedder.precision = str(model.device), precision
-        embedder.batch_size, embedder.cache_folder = 64, None
+        embedder.batch_size, embedder.ranks = 64, ALONE
         embedder.model, embedder.encoding = model, encoding_of(model)
         return embedder
 
@@ -138,18 +135,8 @@ class Embedder:
         """
         return self._encode(texts, "sentence", progress)
 
-    def _encode(self, texts: Sequence[str], task: str, progress: bool) -> np.ndarray:
-        cached = self._cache_file(texts, task) if self.cache_folder is not None else None
-        if cached is not None and cached.is_file():
-            return np.load(cached)
-        logger.info(
-            "encoding %d %s in %s on %s",
-            len(texts),
-            {"query": "queries", "document": "passages", "sentence": "sentences"}[task],
-            self.precision,
-            self.device,
-        )
-        started = time.monotonic()
+    def compute(self, texts: Sequence[str], task: Task) -> np.ndarray:
+        """(n,) texts -> (n, dimension) float32, unit rows: here and now, past any cache."""
         encode: Any = {
             "query": self.model.encode_query,
             "document": self.model.encode_document,
@@ -159,33 +146,45 @@ class Embedder:
         with autocast(self.precision, self.device):
             # SentenceTransformer.encode sorts by length itself, so short texts are not padded to long ones.
             embeddings = encode(
-                list(texts), batch_size=self.batch_size, show_progress_bar=progress, normalize_embeddings=True
+                list(texts), batch_size=self.batch_size, show_progress_bar=False, normalize_embeddings=True
             )
-        matrix = np.ascontiguousarray(embeddings, dtype=np.float32)
-        seconds = time.monotonic() - started
-        logger.info("encoded in %.1f s, %.0f texts a second", seconds, len(texts) / max(seconds, 1e-9))
-        if cached is not None:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            partial = cached.with_suffix(f".{os.getpid()}.partial")
-            with partial.open("wb") as file:
-                np.save(file, matrix)
-            partial.replace(cached)
-        return matrix
+        return np.ascontiguousarray(embeddings, dtype=np.float32)
 
-    def _cache_file(self, texts: Sequence[str], task: str) -> Path:
-        assert self.cache_folder is not None
-        if self._digest is None:
-            versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "sentence-transformers")]
-            told = (
-                f"{weights_digest(self.folder)}{self.encoding.model_dump_json()}{self.precision}{self.device}{versions}"
+    def _encode(self, texts: Sequence[str], task: Task, progress: bool) -> np.ndarray:
+        if not texts:
+            return np.empty((0, self.model.get_embedding_dimension() or 0), dtype=np.float32)
+        what = f"encoding {len(texts)} {_WHAT[task]} in {self.precision} on {self.device}"
+
+        def job(folder: Path, blocks: tuple[int, ...]) -> EncodingJob:
+            set_aside(self.model)
+            return EncodingJob(
+                folder=folder,
+                world_size=self.ranks.processes,
+                blocks=blocks,
+                model=self.folder.absolute(),
+                precision=self.precision,
+                trust_remote_code=self._trust_remote_code,
+                batch_size=self.batch_size,
+                encoding=self._asked_encoding,
+                task=task,
             )
-            self._digest = hashlib.sha256(told.encode()).hexdigest()[:16]
-        digest = hashlib.sha256(task.encode())
-        for text in texts:
-            encoded = text.encode()
-            digest.update(len(encoded).to_bytes(8, "little"))
-            digest.update(encoded)
-        return self.cache_folder / self._digest / f"{digest.hexdigest()[:32]}.npy"
+
+        found = self.ranks.compute(
+            lambda: self._cache_file(texts, task),
+            (texts,),
+            lambda columns: self.compute(columns[0], task),
+            job,
+            what=what,
+            progress=progress,
+        )
+        self.model.to(self.device)
+        return found
+
+    def _cache_file(self, texts: Sequence[str], task: Task) -> Path:
+        if self._digest is None:
+            told = f"{self.encoding.model_dump_json()}{self.precision}{self.device}{self.batch_size}"
+            self._digest = model_digest(self.folder, told)
+        return Path(self._digest, f"{texts_digest(task, (texts,))}.npy")
 
 
 def _set_pooling(model: SentenceTransformer, pooling: str) -> None:

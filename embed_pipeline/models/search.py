@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 from tqdm.auto import tqdm
@@ -14,6 +18,9 @@ _SPARE = 32
 # Rounding of a float32 product of two unit vectors; measured below 1e-6 up to 4,096 dimensions.
 _ROUNDING = 1e-5
 _PAIRS_PER_STEP = 32_768
+_ROWS_PER_LOOK = 65_536
+_QUERIES_PER_MERGE = 8_192
+_SHARE_FILES = ("indices-{}.npy", "scores-{}.npy")
 
 
 def search(
@@ -24,22 +31,24 @@ def search(
     queries_per_step: int = 512,
     passages_per_step: int = 65_536,
     device: str | None = None,
+    first_passage: int = 0,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `top_k` passages with the highest dot product for each query.
 
     queries (n, d) and passages (m, d), both float32 with unit rows -> indices (n, k) int64 and scores (n, k) float32,
-    best first, where k = min(top_k, m). Equal scores are ordered by passage index, at the k-th place as well.
+    best first, where k = min(top_k, m). Equal scores are ordered by passage index, at the k-th place as well. Where
+    `passages` are a share of more, `first_passage` is the number of its first row, and indices count from there.
 
     Candidates come from blocked float32 products, whose last bits depend on the shape of a block; their scores are
     then computed again one pair at a time in float64 (`pair_scores`), so neither the order nor the scores depend on
-    the block sizes, on the other queries or on the machine. Memory beyond the inputs: one block of products
-    (128 MB by default) and n * (k + 32) candidates.
+    the block sizes, on the other queries or on the machine. Memory beyond the inputs, which may be memory-mapped: one
+    block of products (128 MB by default) and n * (k + 32) candidates.
 
     Raises ModelError when an embedding is not finite.
     """
     _check_finite(queries, "queries")
-    _check_finite(passages, "passages")
+    _check_finite(passages, "passages", first_passage)
     device = device or default_device()
     k = min(top_k, len(passages))
     kept = min(k + _SPARE, len(passages))
@@ -56,6 +65,42 @@ def search(
         crowded = np.flatnonzero(values[:, -1] >= values[:, k - 1] - 2 * _ROUNDING)
         for row in crowded:
             indices[row], scores[row] = _search_one(queries[row], passages, values[row, k - 1], k, device)
+    return indices + first_passage, scores
+
+
+def search_share(
+    queries: np.ndarray, passages: np.ndarray, top_k: int, folder: Path, share: int, shares: int, *, device: str
+) -> None:
+    """One of `shares` contiguous parts of the passages, searched; its result in `folder`, for `read_shares`."""
+    first, end = (len(passages) * part // shares for part in (share, share + 1))
+    found = search(queries, passages[first:end], top_k, device=device, first_passage=first, progress=share == 0)
+    for name, result in zip(_SHARE_FILES, found, strict=True):
+        np.save(folder / name.format(share), result)
+
+
+def read_shares(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What `search_share` left, memory-mapped, in the order of the passages: indices and scores of each share."""
+    count = len(list(folder.glob(_SHARE_FILES[0].format("*"))))
+    return [
+        tuple(np.load(folder / name.format(share), mmap_mode="r") for name in _SHARE_FILES) for share in range(count)
+    ]
+
+
+def merge_shares(shares: Sequence[tuple[np.ndarray, np.ndarray]], top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each share's `search` -> that of all passages, to the last bit.
+
+    Every share holds its exact best, and more of it than the best of all can be in it; the same order of score and
+    index then chooses among them.
+    """
+    queries, k = len(shares[0][0]), min(top_k, sum(indices.shape[1] for indices, _ in shares))
+    indices = np.empty((queries, k), dtype=np.int64)
+    scores = np.empty((queries, k), dtype=np.float32)
+    for start in range(0, queries, _QUERIES_PER_MERGE):
+        step = slice(start, start + _QUERIES_PER_MERGE)
+        found, exact = (np.concatenate([share[which][step] for share in shares], axis=1) for which in (0, 1))
+        order = np.lexsort((found, -exact), axis=1)[:, :k]
+        indices[step] = np.take_along_axis(found, order, axis=1)
+        scores[step] = np.take_along_axis(exact, order, axis=1)
     return indices, scores
 
 
@@ -94,10 +139,10 @@ def _candidates(
     found = np.zeros((len(queries), kept), dtype=np.int64)
     # Passages outside, so that each block of them travels to the device once.
     for first in tqdm(range(0, len(passages), passages_per_step), "search", disable=not progress, unit="block"):
-        block = torch.from_numpy(passages[first : first + passages_per_step]).to(device).T
+        block = _tensor(passages[first : first + passages_per_step]).to(device).T
         for start in range(0, len(queries), queries_per_step):
             step = slice(start, start + queries_per_step)
-            products = torch.from_numpy(queries[step]).to(device) @ block
+            products = _tensor(queries[step]).to(device) @ block
             best, at = torch.topk(products, min(kept, block.shape[1]), dim=1)
             both = torch.cat([torch.from_numpy(values[step]).to(device), best], dim=1)
             where = torch.cat([torch.from_numpy(found[step]).to(device), at + first], dim=1)
@@ -108,8 +153,12 @@ def _candidates(
 
 
 def _exact(queries: np.ndarray, passages: np.ndarray, found: np.ndarray, device: str) -> np.ndarray:
-    rows = np.repeat(np.arange(len(found)), found.shape[1])
-    return pair_scores(queries, passages, rows, found.reshape(-1), device=device).reshape(found.shape)
+    rows, wanted = np.repeat(np.arange(len(found)), found.shape[1]), found.reshape(-1)
+    # In the order of the passages: where these lie on disk, they are read once from front to back.
+    order = np.argsort(wanted, kind="stable")
+    exact = np.empty(len(wanted), dtype=np.float32)
+    exact[order] = pair_scores(queries, passages, rows[order], wanted[order], device=device)
+    return exact.reshape(found.shape)
 
 
 def _search_one(
@@ -122,10 +171,27 @@ def _search_one(
     return near[order], exact[order]
 
 
-def _check_finite(matrix: np.ndarray, what: str) -> None:
-    broken = np.flatnonzero(~np.isfinite(matrix).all(axis=1))
+def finite_rows(matrix: np.ndarray) -> np.ndarray:
+    """(n, d) -> (n,) bool: whether all numbers of a row are finite. Looks at a part at a time."""
+    finite = np.empty(len(matrix), dtype=bool)
+    for start in range(0, len(matrix), _ROWS_PER_LOOK):
+        step = slice(start, start + _ROWS_PER_LOOK)
+        finite[step] = np.isfinite(matrix[step]).all(axis=1)
+    return finite
+
+
+def _check_finite(matrix: np.ndarray, what: str, first: int = 0) -> None:
+    broken = np.flatnonzero(~finite_rows(matrix))
     if len(broken):
         raise ModelError(
-            f"{len(broken)} of {len(matrix)} embeddings of {what} are not finite numbers (first: row {broken[0]}). "
+            f"{len(broken)} of {len(matrix)} embeddings of {what} are not finite numbers (first: row "
+            f"{broken[0] + first}). "
             "The weights are broken, or the arithmetic overflows: try `encode_precision: float32` or another model"
         )
+
+
+def _tensor(rows: np.ndarray) -> torch.Tensor:
+    """The same memory: a file that is mapped for reading is not copied, and nothing here writes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(rows)

@@ -12,7 +12,7 @@ from embed_pipeline.errors import ConfigurationError, ModelError
 from embed_pipeline.evaluation.guard_files import check_guards
 from embed_pipeline.evaluation.nano_beir import check_nano_beir
 from embed_pipeline.exporting.forms import check_packages
-from embed_pipeline.launch.training import check_site
+from embed_pipeline.launch.job import check_site
 from embed_pipeline.models.source import locate
 from embed_pipeline.orchestration.assets import ASSET_FACTORIES
 from embed_pipeline.orchestration.automation import automated

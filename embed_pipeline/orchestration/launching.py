@@ -1,4 +1,4 @@
-"""A training under Dagster: torchrun, here or elsewhere, its rank 0 speaking through Dagster Pipes."""
+"""A job under Dagster: torchrun, here or elsewhere, its rank 0 speaking through Dagster Pipes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from pathlib import Path
 
 import dagster as dg
 
-from embed_pipeline.launch.training import Site, launch_training
+from embed_pipeline.launch.job import Job, Site, launch_job
 from embed_pipeline.tracking.runs import TrackedRun
-from embed_pipeline.training.job import TrainingJob
 
 
 def launch_under_dagster(
-    context: dg.AssetExecutionContext, job: TrainingJob, job_file: Path, tracked: TrackedRun | None, site: Site
+    context: dg.AssetExecutionContext, job: Job, job_file: Path, tracked: TrackedRun | None, site: Site
 ) -> None:
     """Run `job` to its end. The forecast, then step metrics, appear as asset observations while it runs.
 
@@ -46,5 +45,5 @@ def launch_under_dagster(
                         context.log.warning(warning)
             seen = len(messages)
 
-        launch_training(job, job_file, tracked, site, env=session.get_bootstrap_env_vars(), on_poll=report_progress)
+        launch_job(job, job_file, tracked, site, env=session.get_bootstrap_env_vars(), on_poll=report_progress)
         report_progress()

@@ -8,8 +8,6 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available
 
-from embed_pipeline.errors import TrainingError
-
 LOADER_PROCESSES = 4  # tokenize faster than any GPU trains; more only take memory
 
 
@@ -20,19 +18,6 @@ class Hardware:
     device: str  # cpu, mps or cuda:<local rank>
     tf32: bool  # whether its tensor cores take it: NVIDIA's from Ampere on
     cores: int  # this rank's share
-
-
-def device_of(kind: str, local_rank: int, gpus: int) -> str:
-    """The device of a rank: cpu, mps or cuda:<local rank>. Raises TrainingError for a rank that has no GPU."""
-    if kind != "cuda":
-        return kind
-    if local_rank >= gpus:
-        raise TrainingError(
-            f"process {local_rank + 1} of this machine has no GPU of its own: {gpus} are visible. Lower "
-            "nproc_per_node to that number (auto takes one process per GPU), or make more visible in "
-            "CUDA_VISIBLE_DEVICES"
-        )
-    return f"cuda:{local_rank}"
 
 
 def look(device: str, cores: int) -> Hardware:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import signal
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,64 +16,41 @@ from transformers import TrainingArguments, set_seed
 from transformers.training_args import ParallelMode
 
 from embed_pipeline.errors import TrainingError
-from embed_pipeline.launch.parent_death import die_with_parent
-from embed_pipeline.models.precision import ResolvedPrecision, default_device, resolve_precision
-from embed_pipeline.training.hardware import Hardware, device_of, look
+from embed_pipeline.launch.rank import Place, take_place
+from embed_pipeline.models.precision import ResolvedPrecision, resolve_precision
+from embed_pipeline.training.hardware import Hardware, look
 from embed_pipeline.training.job import TrainingJob
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Rank:
-    rank: int
-    world_size: int
-    device: str  # cpu, mps or cuda:<local rank>
+class Rank(Place):
     precision: ResolvedPrecision
-    threads: int
     hardware: Hardware
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def start_rank(job: TrainingJob) -> Rank:
     """Make this process the rank that torchrun says it is. Raises TrainingError for a job it cannot take part in."""
-    # SIGKILL to torchrun would otherwise leave its workers training; SIGTERM might find them waiting for each other.
-    die_with_parent(signal.SIGKILL)
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world_size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if rank == 0 else logging.WARNING
-    )
-    _only_our_words(rank == 0)
-    if world_size != job.world_size:
+    place = take_place(job.world_size)
+    _only_our_words(place.is_main)
+    precision = resolve_precision(job.settings.precision, place.device)
+    if precision == "float16" and not place.device.startswith("cuda"):
         raise TrainingError(
-            f"this job is for {job.world_size} processes, but {world_size} were started. Start it with torchrun's "
-            f"--nproc-per-node times --nnodes = {job.world_size}, or write the job anew"
+            f"precision: float16 trains on a CUDA GPU only; this process has {place.device}. Use auto, bfloat16 or "
+            "float32"
         )
-    device = device_of(default_device(), local_rank, torch.cuda.device_count())
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    precision = resolve_precision(job.settings.precision, device)
-    if precision == "float16" and not device.startswith("cuda"):
-        raise TrainingError(
-            f"precision: float16 trains on a CUDA GPU only; this process has {device}. Use auto, bfloat16 or float32"
-        )
-    # Sums depend on how they are divided over threads: decide it here, not by whoever starts the process.
-    threads = max(1, _usable_cores() // local_size)
-    torch.set_num_threads(threads)
     set_seed(job.seed)
     # Processes that load rows are forked after the tokenizer ran, and it would warn that it cannot use threads there.
     os.register_at_fork(after_in_child=lambda: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false"))
-    if world_size > 1 and not torch.distributed.is_initialized():
+    if place.world_size > 1 and not torch.distributed.is_initialized():
         # Before accelerate does, which gives a CPU's processes no other time than torch's own.
         torch.distributed.init_process_group(
-            "nccl" if device.startswith("cuda") else "gloo",
+            "nccl" if place.device.startswith("cuda") else "gloo",
             timeout=timedelta(minutes=job.settings.collective_timeout_minutes),
         )
-    return Rank(rank, world_size, device, precision, threads, look(device, threads))
+    hardware = look(place.device, place.threads)
+    return Rank(place.rank, place.world_size, place.device, place.threads, precision, hardware)
 
 
 def check_synchronised(arguments: TrainingArguments, rank: Rank) -> None:
@@ -137,9 +112,3 @@ def _only_our_words(is_main: bool) -> None:
     transformers.logging.set_verbosity(level)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def _usable_cores() -> int:
-    with contextlib.suppress(AttributeError):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -28,6 +28,7 @@ from embed_pipeline.evaluation.results import EvaluationReport
 from embed_pipeline.evaluation.systems import Ranking, reordered
 from embed_pipeline.evaluation.verdict import headline, signed, verdicts
 from embed_pipeline.models.folder import has_trained_head
+from embed_pipeline.models.ranks import Ranks
 from embed_pipeline.settings import EncodingSettings, EvaluationSettings, GateSettings
 from embed_pipeline.tables import PER_QUERY, PER_QUERY_FILE, RANKINGS, RANKINGS_FILE
 
@@ -84,7 +85,7 @@ def evaluated(
     versions = {"embedder": "abc<123>"}
     cache = out.parent / "cache"
     report = evaluate(
-        cleaned, models, SETTINGS, 7, out, cache_folder=cache, title="a & b", versions=versions, progress=False
+        cleaned, models, SETTINGS, 7, out, ranks=Ranks(cache), title="a & b", versions=versions, progress=False
     )
     return out, report
 
@@ -209,7 +210,7 @@ def test_the_champion_is_measured_on_the_same_questions(
         7,
         tmp_path,
         gate=GateSettings(min_queries=5),
-        cache_folder=cache,
+        ranks=Ranks(cache),
         progress=False,
     )
     over = {(row.system, row.metric): row for row in report.details.over_champion}
@@ -262,7 +263,7 @@ def test_same_seed_same_figures(
     cleaned: Path, models: ComparedModels, evaluated: tuple[Path, EvaluationReport], tmp_path: Path
 ) -> None:
     out, first = evaluated
-    again = evaluate(cleaned, models, SETTINGS, 7, tmp_path, cache_folder=out.parent / "cache", progress=False)
+    again = evaluate(cleaned, models, SETTINGS, 7, tmp_path, ranks=Ranks(out.parent / "cache"), progress=False)
     assert again.summary == first.summary
     for name in (PER_QUERY_FILE, RANKINGS_FILE):
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
@@ -272,7 +273,7 @@ def test_without_rerankers(
     cleaned: Path, models: ComparedModels, evaluated: tuple[Path, EvaluationReport], tmp_path: Path
 ) -> None:
     alone = replace(models, base_reranker=None, reranker=None)
-    report = evaluate(cleaned, alone, SETTINGS, 7, tmp_path, cache_folder=evaluated[0].parent / "cache", progress=False)
+    report = evaluate(cleaned, alone, SETTINGS, 7, tmp_path, ranks=Ranks(evaluated[0].parent / "cache"), progress=False)
     assert {row.system for row in report.summary} == {"bm25", "base_embedder", "embedder"}
     assert report.details.over_base_reranker == []
     assert (tmp_path / "report.html").read_text().count("<svg") == 5
@@ -312,7 +313,7 @@ def test_nan_is_an_error(
         (replace(models, base_reranker=broken), "scores of the reranker are NaN"),
     ):
         with pytest.raises(ModelError, match=said):
-            evaluate(cleaned, wrong, SETTINGS, 0, tmp_path, cache_folder=cache, progress=False)
+            evaluate(cleaned, wrong, SETTINGS, 0, tmp_path, ranks=Ranks(cache), progress=False)
 
 
 def test_reordering_keeps_what_lies_below() -> None:

@@ -70,7 +70,7 @@ def test_a_training_that_is_not_tracked_joins_no_mlflow_run(tmp_path: Path, monk
     monkeypatch.setenv("MLFLOW_RUN_ID", "of the user")
     monkeypatch.setattr(training, "run_local", lambda command, *, env, **_: seen.update({**os.environ, **env}))
     job = EmbedderJob.model_construct(world_size=1)
-    training.launch_training(job, tmp_path / "job.json")
+    training.launch_job(job, tmp_path / "job.json")
     assert seen["MLFLOW_RUN_ID"] == ""
 
 
@@ -98,7 +98,7 @@ def test_without_a_recorded_error_the_exit_code_is_explained(tmp_path: Path, cod
     ("recorded", "message"),
     [
         ("TrainingError: too few rows. Bring more", "^too few rows. Bring more$"),
-        ("ValueError: no such thing", "(?s)^the training failed with ValueError: no such thing\n\nTraceback of it$"),
+        ("ValueError: no such thing", "(?s)^the job failed with ValueError: no such thing\n\nTraceback of it$"),
     ],
 )
 def test_the_recorded_error_of_a_rank_is_the_error(tmp_path: Path, recorded: str, message: str) -> None:

@@ -18,6 +18,7 @@ from embed_pipeline.mining.report import MiningReport
 from embed_pipeline.mining.retrieve import retrieve
 from embed_pipeline.mining.verify import verify
 from embed_pipeline.models.embedder import Embedder
+from embed_pipeline.models.ranks import Ranks
 from embed_pipeline.settings import CrossEncoderSettings, MiningSettings, ModelSource
 from embed_pipeline.tables import CANDIDATES, HARD_NEGATIVES, HARD_NEGATIVES_FILE, REFUSED, REFUSED_FILE
 
@@ -195,7 +196,7 @@ def test_real_model_finds_hard_negatives(tmp_path: Path, minilm_folder: Path) ->
         [(f"p{i}", text) for i, text in enumerate(texts)],
         [(f"q{i}", f"p{i}", 1.0) for i in range(len(QUESTIONS))],
     )
-    embedder = Embedder(minilm_folder, cache_folder=tmp_path / "cache")
+    embedder = Embedder(minilm_folder, ranks=Ranks(tmp_path / "cache"))
     settings = MiningSettings(top_k=10, num_negatives=2)
     report = mine(cleaned, embedder, settings, 7, tmp_path, progress=False)
     rows = pq.read_table(tmp_path / HARD_NEGATIVES_FILE).to_pylist()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embed_pipeline.errors import ModelError
-from embed_pipeline.models.search import pair_scores, search
+from embed_pipeline.models.search import merge_shares, pair_scores, read_shares, search, search_share
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -40,14 +44,41 @@ def test_equals_sorting_everything(seed: int, distinct: int, passages: int, k: i
     np.testing.assert_array_equal(scores, expected_scores)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    distinct=st.integers(1, 120),
+    passages=st.integers(1, 200),
+    k=st.integers(1, 60),
+    shares=st.integers(1, 9),
+)
+def test_shares_give_what_the_whole_gives(seed: int, distinct: int, passages: int, k: int, shares: int) -> None:
+    """With equal scores at the k-th place on both sides of a cut, and shares with fewer passages than k, or none."""
+    draw = np.random.default_rng(seed)
+    corpus = unit(draw.normal(size=(distinct, 24)))[draw.integers(0, distinct, passages)]
+    queries = unit(draw.normal(size=(7, 24)))
+    with TemporaryDirectory() as folder:
+        for share in range(shares):
+            search_share(queries, corpus, k, Path(folder), share, shares, device="cpu")
+        merged = merge_shares(read_shares(Path(folder)), k)
+    for result, expected in zip(merged, search(queries, corpus, k), strict=True):
+        np.testing.assert_array_equal(result, expected)
+        assert result.dtype == expected.dtype
+
+
 def test_rounding_does_not_order_equal_passages() -> None:
     """5,000 copies of one passage among others: float32 products of copies differ in their last bits."""
     draw = np.random.default_rng(0)
     corpus = unit(draw.normal(size=(8_000, 384)))
     corpus[1_000:6_000] = corpus[1_000]
     queries = np.concatenate([corpus[1_000:1_001], unit(draw.normal(size=(3, 384)))])
-    indices, _ = search(queries, corpus, 100)
+    indices, scores = search(queries, corpus, 100)
     np.testing.assert_array_equal(indices[0], np.arange(1_000, 1_100))
+    cuts = [0, 1_050, 5_000, 8_000]  # through the copies
+    shares = [search(queries, corpus[a:b], 100, first_passage=a) for a, b in pairwise(cuts)]
+    merged_indices, merged_scores = merge_shares(shares, 100)
+    np.testing.assert_array_equal(merged_indices, indices)
+    np.testing.assert_array_equal(merged_scores, scores)
 
 
 def test_scores_are_those_of_the_pairs() -> None:

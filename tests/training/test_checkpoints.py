@@ -18,7 +18,7 @@ from small_problem import Trained, launch, read_output
 from test_one_process import KINDS, same_weights
 
 from embed_pipeline.errors import TrainingError
-from embed_pipeline.launch.training import Site, launch_training
+from embed_pipeline.launch.job import Site, launch_job
 from embed_pipeline.settings import ExtraSourceSettings, LaunchSettings
 from embed_pipeline.training.callbacks import Reporting
 from embed_pipeline.training.job import TrainingJob
@@ -164,7 +164,7 @@ def test_torchrun_itself_starts_all_processes_again(
     job = job_of("embedder", tmp_path / "output", **settings)
     kill_when(job, "rank 1", lambda: (job.output / "checkpoints" / "step-4").is_dir())
     site = Site(LaunchSettings(max_restarts=1), tmp_path)
-    launch_training(job, job.write(tmp_path / "job.json"), None, site)
+    launch_job(job, job.write(tmp_path / "job.json"), None, site)
     resumed = read_output(job)
     assert same_weights(train("embedder", **settings), resumed)
     steps = [row["step"] for row in resumed.log if "loss" in row]

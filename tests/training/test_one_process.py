@@ -161,7 +161,7 @@ def test_the_failing_ranks_cause_is_the_error(job_of: Callable[..., TrainingJob]
 def test_a_bug_of_ours_shows_its_traceback(job_of: Callable[..., TrainingJob], tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     job = job_of("embedder", tmp_path / "output").model_copy(update={"base_model": tmp_path / "tokenizer"})
-    with pytest.raises(TrainingError, match=r"(?s)the training failed with .*Traceback.*load_sentence_transformer"):
+    with pytest.raises(TrainingError, match=r"(?s)the job failed with .*Traceback.*load_sentence_transformer"):
         launch(job, tmp_path)
 
 

@@ -16,7 +16,7 @@ from small_problem import launch, read_output
 from test_one_process import same_weights
 
 from embed_pipeline.errors import TrainingError
-from embed_pipeline.launch.training import Site, launch_training
+from embed_pipeline.launch.job import Site, launch_job
 from embed_pipeline.settings import LaunchSettings
 from embed_pipeline.training.job import TrainingJob
 
@@ -60,7 +60,7 @@ def test_a_training_is_done_followed_and_stopped(
 ) -> None:
     site = Site(LaunchSettings(kind="ray", address=address), tmp_path)
     job = job_of("embedder", tmp_path / "output", 2)
-    launch_training(job, job.write(job.output / "job.json"), None, site)
+    launch_job(job, job.write(job.output / "job.json"), None, site)
     assert "'loss'" in capfd.readouterr().out
     alone = job_of("embedder", tmp_path / "alone" / "output", 2)
     launch(alone, tmp_path / "alone")
@@ -68,7 +68,7 @@ def test_a_training_is_done_followed_and_stopped(
 
     broken = job_of("embedder", tmp_path / "broken", 1, learning_rate=1e30, epochs=100)
     with pytest.raises(TrainingError, match=r"^the loss became nan"):
-        launch_training(broken, broken.write(broken.output / "job.json"), None, site)
+        launch_job(broken, broken.write(broken.output / "job.json"), None, site)
 
     endless = job_of("embedder", tmp_path / "endless", 2, epochs=10_000, logging_steps=1)
 
@@ -78,7 +78,7 @@ def test_a_training_is_done_followed_and_stopped(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        launch_training(endless, endless.write(endless.output / "job.json"), None, site, on_poll=interrupt)
+        launch_job(endless, endless.write(endless.output / "job.json"), None, site, on_poll=interrupt)
     deadline = time.monotonic() + 15
     while processes_of(endless):
         assert time.monotonic() < deadline
@@ -89,7 +89,7 @@ def test_a_cluster_that_is_not_there_is_told(job_of: Callable[..., TrainingJob],
     site = Site(LaunchSettings(kind="ray", address="http://127.0.0.1:1"), tmp_path)
     job = job_of("embedder", tmp_path / "output")
     with pytest.raises(TrainingError, match=r"no Ray cluster took the job at http://127\.0\.0\.1:1") as raised:
-        launch_training(job, job.write(job.output / "job.json"), None, site)
+        launch_job(job, job.write(job.output / "job.json"), None, site)
     assert raised.value.passing
 
 

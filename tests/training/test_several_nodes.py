@@ -21,7 +21,7 @@ from small_problem import Trained, launch, read_output
 from test_one_process import same_weights
 
 from embed_pipeline.errors import TrainingError
-from embed_pipeline.launch.training import Site, launch_training
+from embed_pipeline.launch.job import Site, launch_job
 from embed_pipeline.settings import LaunchSettings
 from embed_pipeline.training.job import TrainingJob
 
@@ -31,7 +31,7 @@ LEADER = textwrap.dedent(
     import logging, sys
     from pathlib import Path
     from embed_pipeline.errors import TrainingError
-    from embed_pipeline.launch.training import Site, launch_training
+    from embed_pipeline.launch.job import Site, launch_job
     from embed_pipeline.settings import LaunchSettings
     from embed_pipeline.training.job import EmbedderJob
 
@@ -40,7 +40,7 @@ LEADER = textwrap.dedent(
     site = Site(LaunchSettings(kind="nodes", nnodes=2, rdzv_endpoint=endpoint), store / "shop" / ".nodes")
     for again in (True, False):
         try:
-            launch_training(EmbedderJob.read(file), file, None, site)
+            launch_job(EmbedderJob.read(file), file, None, site)
             break
         except TrainingError as error:
             print(f"FAILED passing={error.passing}: {error}", flush=True)
@@ -100,13 +100,13 @@ def test_two_nodes_do_one_training_and_a_failure_on_either_ends_both(
     )
     with joined(tmp_path / "store", tmp_path / "join.log") as joiner:
         job = job_of("embedder", tmp_path / "output", 2)
-        launch_training(job, job.write(job.output / "job.json"), None, site)
+        launch_job(job, job.write(job.output / "job.json"), None, site)
         assert same_weights(read_output(job), undisturbed(job_of, tmp_path))
         # Nothing is left of it, and the same node joins the next one.
         assert list(site.announcements.iterdir()) == []
         broken = job_of("embedder", tmp_path / "broken", 2, learning_rate=1e30, epochs=100)
         with pytest.raises(TrainingError, match="the loss became nan"):
-            launch_training(broken, broken.write(broken.output / "job.json"), None, site)
+            launch_job(broken, broken.write(broken.output / "job.json"), None, site)
         wait_until(lambda: joiner.children() == [], joiner, 30)
 
 
@@ -118,7 +118,7 @@ def test_too_few_nodes_and_a_silent_one_are_told(
     job = job_of("embedder", tmp_path / "output", 2)
     file = job.write(job.output / "job.json")
     with pytest.raises(TrainingError, match=r"0 of 1 other nodes joined within .* Run `embed-pipeline join`"):
-        launch_training(job, file, None, site)
+        launch_job(job, file, None, site)
 
     def sits_down() -> None:
         for announced in tmp_path.glob(".nodes/*/job.json"):
@@ -126,7 +126,7 @@ def test_too_few_nodes_and_a_silent_one_are_told(
 
     monkeypatch.setattr("embed_pipeline.launch.heartbeat.SILENCE_SECONDS", 0.5)
     with pytest.raises(TrainingError, match="the node of seat-1 was not heard of for 0 s: it is down") as raised:
-        launch_training(job, file, None, site, on_poll=sits_down)
+        launch_job(job, file, None, site, on_poll=sits_down)
     assert raised.value.passing
     assert not any((tmp_path / ".nodes").iterdir())
 

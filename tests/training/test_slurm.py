@@ -17,8 +17,8 @@ from small_problem import read_output
 from test_one_process import same_weights
 
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.launch.job import Site, launch_job
 from embed_pipeline.launch.slurm import sbatch_script
-from embed_pipeline.launch.training import Site, launch_training
 from embed_pipeline.settings import LaunchSettings
 from embed_pipeline.training.job import EmbedderJob, TrainingJob
 
@@ -42,7 +42,7 @@ def allocated(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
     def run(job: TrainingJob, on_poll: Callable[[], None] = lambda: None, nnodes: int = 2, **settings: object) -> None:
         launch = LaunchSettings.model_validate({"kind": "slurm", "nnodes": nnodes, **settings})
         file = job.write(job.output / "job.json")
-        launch_training(job, file, None, Site(launch, Path("unused")), on_poll=on_poll)
+        launch_job(job, file, None, Site(launch, Path("unused")), on_poll=on_poll)
 
     return run
 
@@ -130,9 +130,9 @@ def test_killing_the_launching_process_cancels_the_job(
     monkeypatch.setenv("SLURM_CONF", str(cluster))
     job = job_of("embedder", tmp_path / "output", 1, **ENDLESS)
     code = (
-        "import sys; from pathlib import Path; from embed_pipeline.launch.training import *; f = Path(sys.argv[1]); "
+        "import sys; from pathlib import Path; from embed_pipeline.launch.job import *; f = Path(sys.argv[1]); "
         "from embed_pipeline.training.job import EmbedderJob as J; "
-        "launch_training(J.read(f), f, None, Site(LaunchSettings(kind='slurm'), Path()))"
+        "launch_job(J.read(f), f, None, Site(LaunchSettings(kind='slurm'), Path()))"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, str(job.write(job.output / "job.json"))])
     until(lambda: has_steps(job), 120)

@@ -1,11 +1,13 @@
 """`evaluation`: before and after, on questions nobody trained on."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from embed_pipeline.artifacts import Artifact
 from embed_pipeline.orchestration.automation import retry_policy
+from embed_pipeline.orchestration.launching import launch_under_dagster
 from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
 from embed_pipeline.orchestration.reporting import gate_metadata, markdown_table, materialized, picture, readable_errors
 from embed_pipeline.settings import EvaluationSettings
@@ -71,7 +73,7 @@ def evaluation_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         with readable_errors():
             evaluation = apply_overrides(pipeline.settings.evaluation, config)
             run = pipeline.for_run(context.run_id, evaluation=evaluation)
-            produced = make_evaluation(run)
+            produced = make_evaluation(run, partial(launch_under_dagster, context))
             mark_challenger(run)
         return materialized(context, produced, evaluation_metadata(produced.artifact))
 

@@ -1,11 +1,13 @@
 """`exports`: the champion in other forms, with what each costs."""
 
+from functools import partial
 from typing import Any
 
 import dagster as dg
 
 from embed_pipeline.artifacts import Artifact
 from embed_pipeline.orchestration.automation import retry_policy
+from embed_pipeline.orchestration.launching import launch_under_dagster
 from embed_pipeline.orchestration.reporting import materialized, readable_errors
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_exports
 
@@ -41,7 +43,7 @@ def exports_asset(pipeline: Pipeline) -> dg.AssetsDefinition | None:
     )
     def exports(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with readable_errors():
-            produced = make_exports(pipeline.for_run(context.run_id))
+            produced = make_exports(pipeline.for_run(context.run_id), partial(launch_under_dagster, context))
         return materialized(context, produced, exports_metadata(produced.artifact))
 
     return exports

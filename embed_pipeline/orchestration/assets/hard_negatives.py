@@ -1,11 +1,13 @@
 """`hard_negatives`: what the base embedder takes for answers, without what may be one."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from embed_pipeline.artifacts import Artifact
 from embed_pipeline.orchestration.automation import retry_policy
+from embed_pipeline.orchestration.launching import launch_under_dagster
 from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
 from embed_pipeline.orchestration.reporting import markdown_table, materialized, picture, readable_errors
 from embed_pipeline.settings import MiningSettings
@@ -74,7 +76,9 @@ def hard_negatives_asset(pipeline: Pipeline) -> dg.AssetsDefinition | None:
     def hard_negatives(context: dg.AssetExecutionContext, config: MiningOverrides) -> dg.MaterializeResult:
         with readable_errors():
             mining = apply_overrides(pipeline.settings.mining, config)
-            produced = make_hard_negatives(pipeline.for_run(context.run_id, mining=mining))
+            produced = make_hard_negatives(
+                pipeline.for_run(context.run_id, mining=mining), partial(launch_under_dagster, context)
+            )
         return materialized(context, produced, mining_metadata(produced.artifact))
 
     return hard_negatives

@@ -1,12 +1,14 @@
 """`merged_embedder`: the fine-tuned embedder, merged with its base where it forgot too much."""
 
 import math
+from functools import partial
 from typing import Any
 
 import dagster as dg
 
 from embed_pipeline.artifacts import Artifact
 from embed_pipeline.orchestration.automation import retry_policy
+from embed_pipeline.orchestration.launching import launch_under_dagster
 from embed_pipeline.orchestration.reporting import markdown_table, materialized, picture, readable_errors
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_merged_embedder
 
@@ -46,7 +48,7 @@ def merged_embedder_asset(pipeline: Pipeline) -> dg.AssetsDefinition | None:
     )
     def merged_embedder(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with readable_errors():
-            produced = make_merged_embedder(pipeline.for_run(context.run_id))
+            produced = make_merged_embedder(pipeline.for_run(context.run_id), partial(launch_under_dagster, context))
         return materialized(context, produced, merging_metadata(produced.artifact))
 
     return merged_embedder

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from embed_pipeline.errors import ConfigurationError
 from embed_pipeline.launch.local import run_local
@@ -15,7 +16,19 @@ from embed_pipeline.launch.slurm import slurm_command
 from embed_pipeline.launch.torchrun import torchrun_command
 from embed_pipeline.settings import LaunchSettings
 from embed_pipeline.tracking.runs import TrackedRun
-from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TrainingJob
+from embed_pipeline.training.job import CHECKPOINTS_FOLDER
+
+
+class Job(Protocol):
+    """What whoever launches a job needs to know of it; the rest is for its entry point."""
+
+    @property
+    def entry_point(self) -> str:
+        """The module that torchrun runs, with the job's file as its only argument."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes that must take part."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +48,8 @@ def check_site(launch: LaunchSettings) -> None:
         )
 
 
-def launch_training(
-    job: TrainingJob,
+def launch_job(
+    job: Job,
     job_file: Path,
     tracked: TrackedRun | None = None,
     site: Site | None = None,

@@ -1,0 +1,72 @@
+"""One process of a torchrun job: its place among the others, its device, its threads."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from dataclasses import dataclass
+
+import torch
+
+from embed_pipeline.errors import TrainingError
+from embed_pipeline.launch.parent_death import die_with_parent
+from embed_pipeline.models.precision import default_device
+
+
+@dataclass(frozen=True)
+class Place:
+    rank: int
+    world_size: int
+    device: str  # cpu, mps or cuda:<local rank>
+    threads: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def take_place(world_size: int) -> Place:
+    """Make this process the rank that torchrun says it is; raises TrainingError where a job is for `world_size` others.
+
+    It ends with its parent, and its share of the cores decides its threads.
+    """
+    # SIGKILL to torchrun would otherwise leave its workers at work; SIGTERM might find them waiting for each other.
+    die_with_parent(signal.SIGKILL)
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    started, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if rank == 0 else logging.WARNING
+    )
+    if started != world_size:
+        raise TrainingError(
+            f"this job is for {world_size} processes, but {started} were started. Start it with torchrun's "
+            f"--nproc-per-node times --nnodes = {world_size}, or write the job anew"
+        )
+    device = device_of(default_device(), local_rank, torch.cuda.device_count())
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    # Sums may depend on how they are divided over threads: decide it here, not by whoever starts the process.
+    threads = max(1, _usable_cores() // local_size)
+    torch.set_num_threads(threads)
+    return Place(rank, world_size, device, threads)
+
+
+def device_of(kind: str, local_rank: int, gpus: int) -> str:
+    """The device of a rank: cpu, mps or cuda:<local rank>. Raises TrainingError for a rank that has no GPU."""
+    if kind != "cuda":
+        return kind
+    if local_rank >= gpus:
+        raise TrainingError(
+            f"process {local_rank + 1} of this machine has no GPU of its own: {gpus} are visible. Lower "
+            "nproc_per_node to that number (auto takes one process per GPU), or make more visible in "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    return f"cuda:{local_rank}"
+
+
+def _usable_cores() -> int:
+    with contextlib.suppress(AttributeError):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
