@@ -860,18 +860,19 @@ def _title(artifact: Artifact) -> str:
 def ranks_of(pipeline: Pipeline, launch: Launch) -> Ranks:
     """How many processes encode and search for this pipeline's stages; they meet in its store.
 
-    On this machine, and the others of `launch.kind: nodes`, which are alike. An allocation of Slurm or a Ray cluster may
-    have other devices than the process of the stage, which does a part itself.
+    On this machine, and the others of `launch.kind: nodes`, which are alike. A Slurm or Ray cluster may have other
+    devices than the process of the stage, which does a part itself.
     """
     from embed_pipeline.models.ranks import Ranks
 
     told, site = pipeline.settings, pipeline.site
     if told.launch.elsewhere:
         site = replace(site, settings=LaunchSettings())
-    processes = world_size(site.settings, told.encode_processes)
-    return Ranks(
-        pipeline.store.embeddings_folder, processes, lambda job, file, tracked: launch(job, file, tracked, site)
-    )
+
+    def start(job: Job, job_file: Path, tracked: None) -> None:
+        launch(job, job_file, tracked, site)
+
+    return Ranks(pipeline.store.embeddings_folder, world_size(site.settings, told.encode_processes), start)
 
 
 def base_embedder(pipeline: Pipeline, ranks: Ranks) -> Embedder:

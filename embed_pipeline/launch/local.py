@@ -94,7 +94,7 @@ def training_error(error_file: Path, return_code: int) -> TrainingError:
     recorded = _recorded_error(error_file)
     if recorded is None:
         return TrainingError(
-            f"the training ended {meaning_of(return_code)}, and no rank left an error; its log is above"
+            f"the job ended {meaning_of(return_code)}, and no rank left an error; its log is above"
             f"{_advice(return_code)}",
             passing=-return_code in PASSING_SIGNALS,
         )
@@ -114,8 +114,8 @@ def training_error(error_file: Path, return_code: int) -> TrainingError:
         return TrainingError(text)  # written for the user: the message says it all
     passing = -recorded.exit_code in PASSING_SIGNALS or kind in PASSING_ERRORS or recorded.is_victim
     if recorded.traceback:
-        return TrainingError(f"the training failed with {recorded.message}\n\n{recorded.traceback}", passing=passing)
-    return TrainingError(f"the training failed: {recorded.message}{_advice(recorded.exit_code)}", passing=passing)
+        return TrainingError(f"the job failed with {recorded.message}\n\n{recorded.traceback}", passing=passing)
+    return TrainingError(f"the job failed: {recorded.message}{_advice(recorded.exit_code)}", passing=passing)
 
 
 def minutes_waited(message: str) -> float | None:

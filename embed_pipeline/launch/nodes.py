@@ -154,7 +154,7 @@ class _Others:
             if listener.silent():
                 raise TrainingError(
                     f"the node of {seat.name} was not heard of for {listener.seconds:.0f} s: it is down, or does not "
-                    "reach the store. The training goes on from its last checkpoint when it is launched again",
+                    "reach the store. Launched again, the job goes on from what was done",
                     passing=True,
                 )
         if len(self.listeners) < self.wanted and time.monotonic() > self.deadline:

@@ -63,14 +63,14 @@ def test_an_error_file_cut_short_leaves_the_exit_code_to_tell(left: str, tmp_pat
 
 
 def test_a_training_that_is_not_tracked_joins_no_mlflow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from embed_pipeline.launch import training
+    from embed_pipeline.launch import job as launching
     from embed_pipeline.training.job import EmbedderJob
 
     seen: dict[str, str] = {}
     monkeypatch.setenv("MLFLOW_RUN_ID", "of the user")
-    monkeypatch.setattr(training, "run_local", lambda command, *, env, **_: seen.update({**os.environ, **env}))
+    monkeypatch.setattr(launching, "run_local", lambda command, *, env, **_: seen.update({**os.environ, **env}))
     job = EmbedderJob.model_construct(world_size=1)
-    training.launch_job(job, tmp_path / "job.json")
+    launching.launch_job(job, tmp_path / "job.json")
     assert seen["MLFLOW_RUN_ID"] == ""
 
 

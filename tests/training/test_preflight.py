@@ -91,7 +91,9 @@ def test_no_room_in_memory(train_here: Callable[..., Trained], monkeypatch: pyte
     monkeypatch.setattr(preflight, "held_memory", lambda device: 0)
     monkeypatch.setattr(preflight, "free_memory", lambda device: 50_000_000)
     monkeypatch.setattr(preflight, "step", lambda prepared, *given: (steps.append(given), step(prepared, *given))[1])
-    expected = r"(?s)would need [\d.]+ of 0.05 GB memory, at batch_size 8 x .*Lower batch_size .*gradient_checkpointing"
+    expected = (
+        r"(?s)would need [\d.]+ of 0.05 GB memory, at batch_size 8 x .*Set sub_batch_size: \d \(.*lower batch_size"
+    )
     with pytest.raises(TrainingError, match=expected):
         train_here("embedder", batch_size=8, **({} if part else {"sub_batch_size": 4}))
     assert len(steps) == 1
@@ -240,7 +242,8 @@ def test_out_of_memory_is_told_with_what_helps(job_of: Callable[..., TrainingJob
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[..] can't allocate memory: 9 bytes")):
         with (
             pytest.raises(
-                TrainingError, match=r"memory at batch_size 4 x .*Lower batch_size.*or lower sub_batch_size$"
+                TrainingError,
+                match=r"memory at batch_size 4 x .*Set sub_batch_size: 4 \(.*lower batch_size .*passage_max_length$",
             ),
             plain_memory_errors(job),
         ):
