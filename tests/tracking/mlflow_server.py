@@ -34,6 +34,10 @@ class MlflowServer:
         return f"sqlite:///{self.database}"
 
     @property
+    def log(self) -> Path:
+        return self.folder / "server.log"
+
+    @property
     def database(self) -> Path:
         return self.folder / "mlflow.db"
 
@@ -44,7 +48,7 @@ class MlflowServer:
             "--artifacts-destination",
             str(self.folder / "art"),
         ]
-        with (self.folder / "server.log").open("ab") as log:
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", *files, "--port", str(self.port), "--workers", "1"],
                 stdout=log,
