@@ -38,8 +38,8 @@ def check_data(
     needed = settings.train_group_size - 1 - getattr(settings, "random_negatives", 0)
     told = [check_negatives(source, needed) for source in sources]
     if settings.engine == "flag-embedding":
-        # Its embedders mix all sources; its rerankers know no in-batch negatives.
-        pairs = [(q.query, p) for source in sources for q in source.queries for p in q.positives]
+        # Its embedders mix all sources, a row a query; its rerankers know no in-batch negatives.
+        pairs = [(query.query, query.positives[0]) for source in sources for query in source.queries]
         if isinstance(model, SentenceTransformer):
             told.append(check_repeats(_columns(pairs), job.source_name, settings.batch_size, apart=False))
     else:
