@@ -65,6 +65,9 @@ def start_rank(job: TrainingJob) -> Rank:
     # Sums depend on how they are divided over threads: decide it here, not by whoever starts the process.
     threads = max(1, _usable_cores() // local_size)
     torch.set_num_threads(threads)
+    if "LOCAL_RANK" in os.environ:
+        # accelerate would set the machine's physical cores instead, where a process may use fewer.
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     set_seed(job.seed)
     # Processes that load rows are forked after the tokenizer ran, and it would warn that it cannot use threads there.
     os.register_at_fork(after_in_child=lambda: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false"))

@@ -122,6 +122,16 @@ def test_processes_that_load_rows_end_with_their_rank(job_of: Callable[..., Trai
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux limits a process to some cores")
+def test_a_process_computes_on_the_cores_that_it_may_use(train: Callable[..., Trained]) -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert train("embedder", max_steps=1).summary["threads"] == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 CPU, GPU = Hardware("cpu", tf32=False, cores=2), Hardware("cuda:0", tf32=True, cores=16)
 
 
