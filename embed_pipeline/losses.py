@@ -30,7 +30,7 @@ Rows = Literal[
     "text_classes",  # sentence, label: the class
     "embeddings",  # two texts, label: a teacher model's embedding of the first, or of each
 ]
-BatchSampler = Literal["batch_sampler", "no_duplicates", "no_duplicates_hashed", "group_by_label"]
+BatchSampler = Literal["batch_sampler", "no_duplicates", "no_duplicates_hashed", "group_by_label", "group_by_length"]
 Needs = Literal["guide", "teacher", "teacher_scores", "two_classes"]
 
 

@@ -541,7 +541,10 @@ class TrainingSettings(Settings):
     lora: LoraSettings | None = None
     freeze: FreezeSettings = FreezeSettings()
     batch_sampler: BatchSampler | None = Field(
-        None, description="sentence-transformers engine; unset: each loss has the one that suits it"
+        None,
+        description="sentence-transformers engine; unset: each loss has the one that suits it. group_by_length saves "
+        "padding, for losses that look at each row by itself (others keep theirs: negatives of one length are told "
+        "apart too easily); rerankers have it on a GPU",
     )
     multi_dataset_batch_sampler: Literal["proportional", "round_robin"] = Field(
         "proportional", description="with extra sources: batches by their sizes, or in turn until one has ended"

@@ -50,6 +50,9 @@ def take_place(world_size: int) -> Place:
     # Sums may depend on how they are divided over threads: decide it here, not by whoever starts the process.
     threads = max(1, _usable_cores() // local_size)
     torch.set_num_threads(threads)
+    if "LOCAL_RANK" in os.environ:
+        # accelerate would set the machine's physical cores instead, where a process may use fewer.
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     return Place(rank, world_size, device, threads)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available
+
+from embed_pipeline.losses import BatchSampler
 
 LOADER_PROCESSES = 4  # tokenize faster than any GPU trains; more only take memory
 
@@ -41,6 +43,24 @@ def arguments_of(hardware: Hardware) -> dict[str, Any]:
     if hardware.tf32:
         arguments["tf32"] = True  # for the products that autocast leaves in float32, and with precision: float32
     return arguments
+
+
+def batch_sampler_of(
+    hardware: Hardware, asked: BatchSampler | None, suited: BatchSampler, kind: Literal["embedder", "reranker"]
+) -> BatchSampler:
+    """The sampler of one source: the one asked for, or the one that suits its loss.
+
+    On a GPU a reranker's rows, which are scored by themselves, are grouped by length: nothing is learnt from a batch's
+    other rows, and half of a random batch of passages can be padding. Where a batch's rows are each other's negatives
+    or classes (`suited` says so), grouping would change what is learnt, and is not done even if asked for. Embedders'
+    other losses are left as their authors have them.
+    """
+    alone = suited == "batch_sampler"
+    if asked == "group_by_length":
+        return asked if alone else suited
+    if asked is None and alone and kind == "reranker" and hardware.device.startswith("cuda"):
+        return "group_by_length"
+    return asked or suited
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def train(
         device=rank.device.partition(":")[0],
         precision=rank.precision,
         **asdict(habits),
-        threads=rank.threads,
+        threads=torch.get_num_threads(),
         seed=job.seed,
         batch_size=settings.batch_size,
         **told,

@@ -85,6 +85,7 @@ WITHIN, BETWEEN, IN_THE_SECOND = 8, 16, 20
         *((kind, settings, IN_THE_SECOND) for kind, settings in KINDS),
         pytest.param(*KINDS[0], WITHIN, marks=pytest.mark.slow),
         pytest.param(*KINDS[1], BETWEEN, marks=pytest.mark.slow),
+        ("reranker", {"batch_sampler": "group_by_length"}, IN_THE_SECOND),
         # Several sources, a loss that learns something itself, fewer batches an epoch than were announced.
         ("embedder", {"dropout": 0.1, "gradient_accumulation_steps": 2, "sources": True}, 8),
         pytest.param("embedder", MATRYOSHKA, IN_THE_SECOND, marks=pytest.mark.slow),

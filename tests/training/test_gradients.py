@@ -15,6 +15,7 @@ from torch import Tensor
 
 from embed_pipeline.launch.local import run_local
 from embed_pipeline.launch.torchrun import torchrun_command
+from embed_pipeline.losses import EMBEDDER_LOSSES
 from embed_pipeline.training.job import TrainingJob
 
 BATCH_SIZE = 4
@@ -39,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "guided": {**SENTENCE_TRANSFORMERS, "loss": "GISTEmbedLoss"},
     "guided, cached": {**SENTENCE_TRANSFORMERS, "loss": "GISTEmbedLoss", "sub_batch_size": 3},
+    # Each process encodes a share with the teacher, which pools in another way than the student.
+    "taught": {**SENTENCE_TRANSFORMERS, "loss": "MSELoss", "encoding": {"pooling": "cls"}},
     "flag": FLAG_EMBEDDING,
     "flag, in parts": {**FLAG_EMBEDDING, "sub_batch_size": 3},
     "flag, accumulated": {**FLAG_EMBEDDING, "gradient_accumulation_steps": 2},
@@ -61,11 +64,11 @@ def job_for(job_of: Callable[..., TrainingJob], tiny_bert_folder: Path) -> Calla
         output = folder / name.replace(", ", "-")
         if name.startswith("reranker"):
             return job_of("reranker", output, processes, **settings)
-        if "GIST" not in settings.get("loss", ""):
-            return job_of("embedder", output, processes, temperature=0.1, **settings)
-        guide = {"guide": {"path": str(tiny_bert_folder)}}
-        job = job_of("embedder", output, processes, temperature=0.1, **guide, **settings)
-        return job.model_copy(update={"guides": {"shop": tiny_bert_folder}})
+        needed = EMBEDDER_LOSSES[settings.get("loss", "MultipleNegativesRankingLoss")].needs
+        given = {key: {"path": str(tiny_bert_folder)} for key in ("guide", "teacher") if key in needed}
+        job = job_of("embedder", output, processes, temperature=0.1, **given, **settings)
+        folders = {"shop": tiny_bert_folder}
+        return job.model_copy(update={f"{key}s": folders for key in given})
 
     return make
 

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from datasets import Dataset
 from small_problem import Trained, launch
 from test_one_process import same_weights
 from test_processes import started_torchrun, wait_for_steps, workers
@@ -20,7 +22,8 @@ from test_processes import started_torchrun, wait_for_steps, workers
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.models.precision import resolve_precision
 from embed_pipeline.training.arguments import trainer_arguments
-from embed_pipeline.training.hardware import Hardware, arguments_of, device_of
+from embed_pipeline.training.engines.grouped_by_length import GroupedByLength, lengths_of
+from embed_pipeline.training.hardware import Hardware, arguments_of, batch_sampler_of, device_of
 from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.process import Rank
 
@@ -117,3 +120,52 @@ def test_processes_that_load_rows_end_with_their_rank(job_of: Callable[..., Trai
     killer.join()
     _, alive = psutil.wait_procs(loaders, timeout=20)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux limits a process to some cores")
+def test_a_process_computes_on_the_cores_that_it_may_use(train: Callable[..., Trained]) -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert train("embedder", max_steps=1).summary["threads"] == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+CPU, GPU = Hardware("cpu", tf32=False, cores=2), Hardware("cuda:0", tf32=True, cores=16)
+
+
+def test_a_reranker_on_a_gpu_groups_rows_by_length_and_in_batch_negatives_never_are() -> None:
+    assert batch_sampler_of(GPU, None, "batch_sampler", "reranker") == "group_by_length"
+    assert batch_sampler_of(GPU, "batch_sampler", "batch_sampler", "reranker") == "batch_sampler"
+    assert batch_sampler_of(CPU, None, "batch_sampler", "reranker") == "batch_sampler"
+    assert batch_sampler_of(GPU, None, "batch_sampler", "embedder") == "batch_sampler"
+    assert batch_sampler_of(CPU, "group_by_length", "batch_sampler", "embedder") == "group_by_length"
+    assert batch_sampler_of(GPU, "group_by_length", "no_duplicates", "embedder") == "no_duplicates"
+
+
+def test_rows_of_like_length_share_a_batch_and_every_epoch_has_other_batches() -> None:
+    lengths = np.random.default_rng(0).integers(10, 400, 1_003)
+    sampler = GroupedByLength(lengths, batch_size=4, batches_a_step=2, seed=5)
+    first = list(sampler)
+    assert first == list(sampler)
+    assert len(first) == len(sampler) == 250
+    rows = [row for batch in first for row in batch]
+    assert len(set(rows)) == len(rows) == 1_000
+    assert max(lengths[rows]) in lengths[first[0]]  # what does not fit fails at once
+    spread = [np.ptp(lengths[first[i] + first[i + 1]]) for i in range(0, 250, 2)]  # of both processes' batches
+    assert np.mean(spread) < 15  # of 390
+    sampler.set_epoch(1)
+    assert sorted(map(sorted, first)) != sorted(map(sorted, sampler))
+
+
+def test_lengths_are_those_of_what_is_padded() -> None:
+    rows = Dataset.from_dict({"query": ["ab", "c"], "docs": [["d", "efg"], ["h"]], "labels": [[1.0, 0.0], [1.0]]})
+    assert lengths_of(rows).tolist() == [5, 2]
+
+
+def test_a_reranker_trains_on_rows_grouped_by_length(train_here: Callable[..., Trained]) -> None:
+    grouped = train_here("reranker", batch_sampler="group_by_length")
+    drawn = train_here("reranker")
+    assert grouped.summary["steps"] == drawn.summary["steps"]
+    assert not same_weights(grouped, drawn)

@@ -16,6 +16,7 @@ from torch import nn
 
 from embed_pipeline.models.embedder import Embedder, encoding_of, load_sentence_transformer
 from embed_pipeline.settings import EncodingSettings
+from embed_pipeline.training.arguments import check_steps
 from embed_pipeline.training.data_sets import PASSAGES, QUERY, RowSettings, data_set, texts_to_embed
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.engines.sentence_transformers_trainer import SeveralSources, prepare_trainer
@@ -79,19 +80,25 @@ def _prompts_and_tasks(
 
 
 def _taught(job: EmbedderJob, rank: Rank, source: TrainingSource, rows: RowSettings, work: Path) -> np.ndarray | None:
-    """A teacher's embeddings of the source's texts: computed once, by rank 0, and read by every rank.
+    """A teacher's embeddings of the source's texts: each rank computes its share, once, and reads the others'.
 
     (rows, dimension) of a text for its translation (arXiv 2004.09813), else (rows, 2, dimension) of query and passage.
     """
     if "teacher" not in source.facts.needs:
         return None
-    path = work / f"taught-{source.name}.npy"
-    if rank.is_main:
-        teacher = Embedder(job.teachers[source.name], device=rank.device, trust_remote_code=job.trust_remote_code)
-        first, second = zip(*texts_to_embed(source, rows), strict=True)
-        if source.kind == "parallel":
-            np.save(path, teacher.encode_sentences(first))
-        else:
-            np.save(path, np.stack([teacher.encode_queries(first), teacher.encode_passages(second)], axis=1))
+    texts = texts_to_embed(source, rows)
+    check_steps(job, rank, len(texts), f"rows of {source.name}")  # so every rank has a share
+    shares = [work / f"taught-{source.name}-{other}.npy" for other in range(rank.world_size)]
+    first, second = zip(*texts[rank.rank :: rank.world_size], strict=True)
+    teacher = Embedder(job.teachers[source.name], device=rank.device, trust_remote_code=job.trust_remote_code)
+    if source.kind == "parallel":
+        share = teacher.encode_sentences(first, progress=rank.is_main)
+    else:
+        encoded = teacher.encode_queries(first, progress=rank.is_main)
+        share = np.stack([encoded, teacher.encode_passages(second, progress=rank.is_main)], axis=1)
+    np.save(shares[rank.rank], share)
     wait()
-    return np.asarray(np.load(path))
+    taught = np.empty((len(texts), *share.shape[1:]), dtype=np.float32)
+    for other, path in enumerate(shares):
+        taught[other :: rank.world_size] = np.load(path)
+    return taught

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -18,19 +19,25 @@ from torch import nn
 from torch.utils.data import BatchSampler, ConcatDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from embed_pipeline.losses import BatchSampler as OurBatchSampler
+from embed_pipeline.settings import RerankerSettings
 from embed_pipeline.training.arguments import check_steps, trainer_arguments
 from embed_pipeline.training.engines import Prepared
+from embed_pipeline.training.engines.grouped_by_length import GroupedByLength, lengths_of
+from embed_pipeline.training.hardware import batch_sampler_of
 from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.modules import learnt_by_losses
 from embed_pipeline.training.process import Rank
 from embed_pipeline.training.sources import TrainingSource
+
+logger = logging.getLogger(__name__)
 
 
 class SeveralSources:
     """Mixed into a library's trainer. Its model card asks the Hub about the base model; `publishing` writes ours."""
 
     args: Any
-    samplers: dict[str, str]  # by source name
+    samplers: dict[str, OurBatchSampler]  # by source name
     batches_a_step: int  # one for each process
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
@@ -41,6 +48,8 @@ class SeveralSources:
             names = [name for name, one in self.train_dataset.items() if one is dataset]  # type: ignore[attr-defined]
         else:
             names = list(self.samplers)
+        if self.samplers[names[0]] == "group_by_length":
+            return GroupedByLength(lengths_of(dataset), named["batch_size"], self.batches_a_step, named["seed"])
         self.args.batch_sampler = BatchSamplers(self.samplers[names[0]])
         sampler: BatchSampler | None = super().get_batch_sampler(dataset, *given, **named)  # type: ignore[misc]
         return sampler
@@ -163,7 +172,13 @@ def prepare_trainer(
         train_dataset=DatasetDict({name: rows for name, (rows, _) in made.items()}) if several else single[0],
         loss={name: loss for name, (_, loss) in made.items()} if several else single[1],
     )
-    prepared.samplers = {source.name: settings.batch_sampler or source.facts.sampler for source in sources}  # type: ignore[attr-defined]
+    kind: Literal["embedder", "reranker"] = "reranker" if isinstance(settings, RerankerSettings) else "embedder"
+    prepared.samplers = {  # type: ignore[attr-defined]
+        source.name: batch_sampler_of(rank.hardware, settings.batch_sampler, source.facts.sampler, kind)
+        for source in sources
+    }
+    for name, sampler in prepared.samplers.items():  # type: ignore[attr-defined]
+        logger.info("batches of %s: %s", name, sampler)
     prepared.batches_a_step = rank.world_size  # type: ignore[attr-defined]
     heads = SharedHeads({name: loss for name, (_, loss) in made.items()}, model)
     if heads.parameters and rank.world_size > 1:
