@@ -237,6 +237,7 @@ class Sender:
             try:
                 self._client.log_text(run_id, json.dumps(first["parameters"], indent=2), SETTINGS_FILE)
             except Exception as error:  # files have a store of their own: metrics do not wait for it
+                self._client.get_run(run_id)  # but where it is the server that does not answer, this fails too
                 logger.warning("MLflow did not take %s of run %s: %s", SETTINGS_FILE, run_id, error)
         elif "inputs" in first:
             data_sets = [_data_set(told, first["context"]) for told in first["inputs"]]
