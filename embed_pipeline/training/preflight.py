@@ -144,8 +144,9 @@ def _try(
         for timed in tried:
             spent, forecast = sum(other.seconds for other in tried), steps * mean_seconds()
             # In a step of gathered negatives no rank may be missing: rank 0 decides.
-            if not from_main(spent + timed.usual_seconds < min(SHARE * forecast, SECONDS)):
-                break
+            enough = timed.count > 0 and spent > SECONDS
+            if not from_main(not enough and spent + timed.usual_seconds < SHARE * forecast):
+                continue
             result = step(prepared, timed.batches, timed.batches.usual(number))
             timed.seconds, timed.count = timed.seconds + result.seconds, timed.count + 1
             norms[timed.batches.name].append(result.norm)
