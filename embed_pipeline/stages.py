@@ -75,13 +75,13 @@ if TYPE_CHECKING:
 CODE_VERSIONS = {
     "raw_pairs": "2",
     "cleaned_pairs": "3",
-    "hard_negatives": "2",
-    "embedder": "2",
-    "merged_embedder": "2",
-    "reranker": "2",
-    "evaluation": "3",
+    "hard_negatives": "3",
+    "embedder": "3",
+    "merged_embedder": "3",
+    "reranker": "3",
+    "evaluation": "4",
     "champion": "1",
-    "exports": "1",
+    "exports": "2",
     "hub": "1",
 }
 

@@ -34,7 +34,7 @@ def test_every_loss_stands_in_the_table() -> None:
 
 def test_the_pipelines_of_the_readme_are_right() -> None:
     """Blocks that show some keys alone are added to the whole example."""
-    readme = (REPOSITORY / "README.md").read_text()
+    readme = (REPOSITORY / "README.md").read_text() + (REPOSITORY / "docs" / "jobs.md").read_text()
     blocks = [yaml.safe_load(textwrap.dedent(text)) for text in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)]
     whole, *others = [block for block in blocks if "jobs" not in block]
     assert whole["type"] == "embed_pipeline.RetrievalPipeline"
