@@ -6,7 +6,8 @@ import dataclasses
 import os
 import random
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from embed_pipeline.models.job import BlocksJob, InferenceJob, SearchJob
 from embed_pipeline.models.ranks import Ranks
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.models.search import search
+from tests.conftest import one_thread
 
 WORDS = [
     "the",
@@ -50,11 +52,13 @@ def made_up(count: int) -> list[str]:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks of 16 texts, and jobs that are started however little there is to do."""
     for module in (blocks, ranks):
         monkeypatch.setattr(module, "BLOCK_SIZE", 16)
     monkeypatch.setattr(ranks, "START_SECONDS", 0.0)
+    with one_thread():
+        yield
 
 
 @dataclasses.dataclass
@@ -117,12 +121,17 @@ def test_a_head_that_a_seed_makes_is_the_same_in_every_process(tmp_path: Path, t
 def test_a_killed_rank_is_told_and_the_next_encoding_goes_on(
     tmp_path: Path, tiny_bert_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    texts = made_up(16 * 700)
+    texts = made_up(16 * 250)
     killed = False
 
     def kill_a_rank() -> None:
         nonlocal killed
-        if not killed and len(list(tmp_path.rglob("*.npy"))) > 20:
+        deadline = time.monotonic() + 120
+        while not killed:
+            if len(list(tmp_path.rglob("*.npy"))) <= 20:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+                continue
             workers = [
                 process
                 for process in psutil.Process().children(recursive=True)
@@ -136,12 +145,12 @@ def test_a_killed_rank_is_told_and_the_next_encoding_goes_on(
     with pytest.raises(TrainingError, match="SIGKILL"):
         embedder.encode_passages(texts, progress=False)
     there = len(list(tmp_path.rglob("*.npy")))
-    assert 20 < there < 700
+    assert 20 < there < 250
 
     resumed = Embedder(tiny_bert_folder, ranks=Ranks(tmp_path))
     with caplog.at_level("INFO"):
         embeddings = resumed.encode_passages(texts, progress=False)
-    assert f"{there} of 700 blocks were there already" in caplog.text
+    assert f"{there} of 250 blocks were there already" in caplog.text
     np.testing.assert_array_equal(embeddings, Embedder(tiny_bert_folder).encode_passages(texts, progress=False))
 
 
