@@ -86,7 +86,7 @@ def pipeline(
 def copying(model: Path) -> Launch:
     """A training whose outcome is known."""
 
-    def launch(job: Any, job_file: Path, tracked: Any) -> None:
+    def launch(job: Any, job_file: Path, tracked: Any, site: Any) -> None:
         shutil.copytree(model, job.output / MODEL_FOLDER)
         (job.output / MODEL_FOLDER / "README.md").write_text("# a model\n")
         (job.output / SUMMARY_FILE).write_text(json.dumps({"steps": 1}))

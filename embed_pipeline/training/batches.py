@@ -121,6 +121,8 @@ def _longest_texts(row: dict[str, Any]) -> dict[str, Any]:
     """The same with only the longest of its positives and of its negatives, which the library then has to draw."""
     row = dict(row)
     for key in ("pos", "neg"):
+        if not row[key]:  # in-batch negatives alone
+            continue
         at = max(range(len(row[key])), key=lambda i: len(row[key][i].encode()))
         for column in (key, f"{key}_scores"):
             if row.get(column) is not None:

@@ -20,10 +20,11 @@ from test_one_process import same_weights
 from test_processes import started_torchrun, wait_for_steps, workers
 
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.launch.rank import device_of
 from embed_pipeline.models.precision import resolve_precision
 from embed_pipeline.training.arguments import trainer_arguments
 from embed_pipeline.training.engines.grouped_by_length import GroupedByLength, lengths_of
-from embed_pipeline.training.hardware import Hardware, arguments_of, batch_sampler_of, device_of
+from embed_pipeline.training.hardware import Hardware, arguments_of, batch_sampler_of
 from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.process import Rank
 
@@ -68,7 +69,7 @@ def test_a_process_without_a_gpu_of_its_own_is_refused() -> None:
 def test_what_a_user_gives_wins(kind: str, job_of: Callable[..., TrainingJob], tmp_path: Path) -> None:
     given = {"dataloader_num_workers": 7, "tf32": False, "optim": "adamw_torch", "dataloader_pin_memory": False}
     job = job_of(kind, tmp_path, arguments=given)
-    rank = Rank(0, 1, "cuda:0", "float16", 16, Hardware("cuda:0", tf32=True, cores=16))
+    rank = Rank(0, 1, "cuda:0", 16, "float16", Hardware("cuda:0", tf32=True, cores=16))
     arguments = trainer_arguments(job, rank, tmp_path)
     assert {name: arguments[name] for name in given} == given
     assert (arguments["fp16"], arguments["bf16"], arguments["use_cpu"]) == (True, False, False)

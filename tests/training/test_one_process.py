@@ -172,7 +172,11 @@ def test_a_bug_of_ours_shows_its_traceback(job_of: Callable[..., TrainingJob], t
         ("embedder", {}, "Set sub_batch_size: 2"),
         ("embedder", {"sub_batch_size": 2}, "Set sub_batch_size: 1"),
         ("embedder", {"engine": "flag-embedding"}, "Set gradient_checkpointing: true"),
-        ("reranker", {"gradient_checkpointing": True}, "raise gradient_accumulation_steps"),
+        (
+            "reranker",
+            {"gradient_checkpointing": True},
+            r"Lower batch_size \(gradient_accumulation_steps makes up for it",
+        ),
     ],
 )
 def test_a_batch_that_does_not_fit_is_told_with_what_makes_it_fit(

@@ -64,7 +64,7 @@ def test_the_forecast_is_told(train_here: Callable[..., Trained], caplog: pytest
     assert re.fullmatch(forecast, summary["preflight"])
     assert summary["preflight"] in caplog.text
     # All of it in all, but for what a shared machine does meanwhile.
-    assert 0.1 * summary["train_seconds"] < summary["forecast_seconds"] < 10 * summary["train_seconds"]
+    assert 0.01 * summary["train_seconds"] < summary["forecast_seconds"] < 10 * summary["train_seconds"]
     assert 1e8 < summary["forecast_memory"] < 4e9
     assert summary["truncated"] == {"queries": 0.0, "passages": 1.0}
     cut, random = summary["warnings"][1], summary["warnings"][0]

@@ -82,7 +82,9 @@ def test_an_interrupt_ends_every_rank(endless: TrainingJob, tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         run_local(command, env={}, error_file=tmp_path / "error.json", on_poll=interrupt)
     assert time.monotonic() - began[0] < 15
-    assert not any(process.is_running() for process in family)
+    # Whoever has taken over the loaders of a killed rank may not have asked for their exit codes yet.
+    _, alive = psutil.wait_procs(family, timeout=1)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_a_rank_that_is_killed_is_the_cause(endless: TrainingJob, tmp_path: Path) -> None:
