@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 export DAGSTER_HOME ?= $(CURDIR)/dagster_home
 export TOKENIZERS_PARALLELISM ?= false
 
-# Files of tests side by side; each process takes 2 GB.
-IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# Files of tests side by side; each process takes 2 GB. One that crashes ends the run: its files would wait for ever.
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all docs ui mlflow clean
