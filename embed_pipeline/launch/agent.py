@@ -7,7 +7,6 @@ network by which it reaches the others, and ends when whoever launched it is gon
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -21,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from embed_pipeline.launch.ending import run_and_leave
 from embed_pipeline.launch.heartbeat import BEAT_SECONDS, HEARTBEAT_VARIABLE, Listener
-from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, meaning_of, minutes_waited
+from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, leave_error, meaning_of, minutes_waited
 
 
 def main(arguments: list[str]) -> None:
@@ -46,8 +45,7 @@ def main(arguments: list[str]) -> None:
         gave_up = any(minutes_waited(str(failure.message)) for failure in error.failures.values())
         if killed and not gave_up and ERROR_FILE_VARIABLE in os.environ:
             rank, exit_code = min(killed.items())
-            message = {"message": f"rank {rank} was ended {meaning_of(exit_code)}", "exit_code": exit_code}
-            Path(os.environ[ERROR_FILE_VARIABLE]).write_text(json.dumps(message))
+            leave_error(f"rank {rank} was ended {meaning_of(exit_code)}", exit_code)
         raise
 
 

@@ -155,6 +155,11 @@ def _recorded_error(error_file: Path) -> _Recorded | None:
     return min(found, key=lambda recorded: (recorded.is_victim, recorded.timestamp), default=None)
 
 
+def leave_error(message: str, exit_code: int) -> None:
+    """Leave the cause where the launching process looks for it; `exit_code` is negative for a signal."""
+    Path(os.environ[ERROR_FILE_VARIABLE]).write_text(json.dumps({"message": message, "exit_code": exit_code}))
+
+
 def _read_error(path: Path) -> _Recorded | None:
     try:
         recorded = json.loads(path.read_text())

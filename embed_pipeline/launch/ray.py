@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from embed_pipeline.launch.heartbeat import HEARTBEAT_VARIABLE, Heart
-from embed_pipeline.launch.local import ERROR_FILE_VARIABLE
+from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, leave_error
 from embed_pipeline.launch.torchrun import torchrun_command
 from embed_pipeline.settings import LaunchSettings
 
@@ -64,7 +64,7 @@ def main(submission: Path) -> int:
             },
         )
     except (ConnectionError, RuntimeError) as error:
-        _leave_error(f"ConnectionError: no Ray cluster took the job at {told['address']}: {error}", -signal.SIGTERM)
+        leave_error(f"ConnectionError: no Ray cluster took the job at {told['address']}: {error}", -signal.SIGTERM)
         return 1
     print(f"Ray job {job} is submitted", flush=True)
     shown, status = 0, None
@@ -83,12 +83,8 @@ def main(submission: Path) -> int:
     if status == JobStatus.SUCCEEDED:
         return 0
     if status == JobStatus.STOPPED:
-        _leave_error(f"TrainingError: Ray job {job} was stopped by somebody else", 0)
+        leave_error(f"TrainingError: Ray job {job} was stopped by somebody else", 0)
     return 1
-
-
-def _leave_error(message: str, exit_code: int) -> None:
-    Path(os.environ[ERROR_FILE_VARIABLE]).write_text(json.dumps({"message": message, "exit_code": exit_code}))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import hashlib
-import json
 import os
 import shlex
 import shutil
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 
 from embed_pipeline.launch.heartbeat import HEARTBEAT_VARIABLE, Heart
-from embed_pipeline.launch.local import ERROR_FILE_VARIABLE
+from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, leave_error
 from embed_pipeline.launch.torchrun import SHUTDOWN_SECONDS, Rendezvous, torchrun_command
 from embed_pipeline.settings import LaunchSettings
 
@@ -120,7 +119,7 @@ def main(script: Path) -> int:
     heart.beat()
     environment = {**os.environ, HEARTBEAT_VARIABLE: str(heart.path)}
     if shutil.which("sbatch") is None:
-        _leave_error("TrainingError: launch.kind is slurm, but there is no `sbatch` on this machine's PATH", 0)
+        leave_error("TrainingError: launch.kind is slurm, but there is no `sbatch` on this machine's PATH", 0)
         return 1
     _cancel_left_behind(script)
     submitted = subprocess.run(
@@ -128,7 +127,7 @@ def main(script: Path) -> int:
     )
     if submitted.returncode != 0:
         told = "; ".join(line.removeprefix("sbatch: error: ") for line in submitted.stderr.splitlines())
-        _leave_error(f"TrainingError: sbatch refused the job: {told}. See launch.sbatch", 0)
+        leave_error(f"TrainingError: sbatch refused the job: {told}. See launch.sbatch", 0)
         return 1
     job = submitted.stdout.strip().partition(";")[0]
     print(f"Slurm job {job} is submitted", flush=True)
@@ -141,11 +140,11 @@ def main(script: Path) -> int:
     if state == "COMPLETED":
         return 0
     if state in _BY_SLURM:
-        _leave_error(f"Slurm job {job}: {_BY_SLURM[state]}", -signal.SIGTERM)
+        leave_error(f"Slurm job {job}: {_BY_SLURM[state]}", -signal.SIGTERM)
     elif state == "CANCELLED":
-        _leave_error(f"TrainingError: Slurm job {job} was cancelled by somebody else", 0)
+        leave_error(f"TrainingError: Slurm job {job} was cancelled by somebody else", 0)
     elif state == "OUT_OF_MEMORY":
-        _leave_error(
+        leave_error(
             f"TrainingError: Slurm job {job} ran out of memory. Ask for more under launch.sbatch (mem: 64G), or lower "
             "batch_size",
             0,
@@ -200,10 +199,6 @@ def _cancel(job: str) -> None:
 def _cancel_left_behind(script: Path) -> None:
     name = next(line for line in script.read_text().splitlines() if line.startswith("#SBATCH --job-name="))
     subprocess.run(["scancel", f"--user={getpass.getuser()}", f"--name={name.partition('=')[2]}"], capture_output=True)
-
-
-def _leave_error(message: str, exit_code: int) -> None:
-    Path(os.environ[ERROR_FILE_VARIABLE]).write_text(json.dumps({"message": message, "exit_code": exit_code}))
 
 
 if __name__ == "__main__":

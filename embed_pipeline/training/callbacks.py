@@ -50,11 +50,14 @@ class FiniteLoss(TrainerCallback):
 
 
 def not_finite(name: str, value: float, step: int, args: TrainingArguments) -> TrainingError:
-    arithmetic = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     return TrainingError(
-        f"the {name} became {value} by step {step}, at learning_rate {args.learning_rate:g} in {arithmetic}. "
+        f"the {name} became {value} by step {step}, at learning_rate {args.learning_rate:g} in {arithmetic_of(args)}. "
         "Lower learning_rate (2e-5 is a usual start), raise warmup_ratio, or set precision: float32"
     )
+
+
+def arithmetic_of(args: TrainingArguments) -> str:
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
 
 
 class MovingLoss(TrainerCallback):

@@ -31,7 +31,7 @@ from embed_pipeline.artifacts import sha256_of
 from embed_pipeline.training.callbacks import DevEvaluation
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TRAINING_LOG_FILE, TrainingJob
-from embed_pipeline.training.modules import learnt_by_losses
+from embed_pipeline.training.modules import learnt_by_losses, losses_of
 from embed_pipeline.training.process import Rank, from_all, from_main, wait
 from embed_pipeline.training.reporting import Reporter
 
@@ -240,9 +240,7 @@ def _tensors(trainer: Any) -> dict[str, Any]:
 
 def _learnt_by_losses(trainer: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """What sentence-transformers' losses learn themselves: classifiers, projections."""
-    loss = getattr(trainer, "loss", None)
-    losses = loss if isinstance(loss, dict) else {"": loss}
-    return learnt_by_losses({name: one for name, one in losses.items() if isinstance(one, nn.Module)}, trainer.model)
+    return learnt_by_losses(losses_of(trainer), trainer.model)
 
 
 def _parts(loader: Any) -> Iterator[Any]:

@@ -96,6 +96,13 @@ def _set_dropout(model: nn.Module, share: float) -> None:
             module.attention_dropout = share  # type: ignore[assignment]
 
 
+def losses_of(trainer: Any) -> dict[str, nn.Module]:
+    """sentence-transformers' losses by source; FlagEmbedding's are in the model."""
+    loss = getattr(trainer, "loss", None)
+    losses = loss if isinstance(loss, dict) else {"": loss}
+    return {name: one for name, one in losses.items() if isinstance(one, nn.Module)}
+
+
 def learnt_by_losses(losses: Mapping[str, nn.Module], model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """What losses learn besides the model (classifiers, projections), as `<source>.<parameter>`."""
     of_model = {id(parameter) for parameter in model.parameters()}

@@ -29,11 +29,12 @@ from embed_pipeline.errors import TrainingError
 from embed_pipeline.losses import EMBEDDER_LOSSES
 from embed_pipeline.settings import EmbedderSettings
 from embed_pipeline.training.batches import SourceBatches, batches_of
+from embed_pipeline.training.callbacks import arithmetic_of
 from embed_pipeline.training.checkpoints import KEPT
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TrainingJob
 from embed_pipeline.training.memory import forget_peak, free_memory, held_memory, peak_memory
-from embed_pipeline.training.modules import learnt_by_losses
+from embed_pipeline.training.modules import learnt_by_losses, losses_of
 from embed_pipeline.training.process import Rank, from_all, from_main
 from embed_pipeline.training.sources import TrainingSource
 
@@ -189,7 +190,7 @@ def step(prepared: Prepared[Any], batches: SourceBatches, inputs: Any) -> _Resul
         # In float16 the training's loss scaler finds a scale at which gradients are finite.
         if not math.isfinite(found) and not (name == "gradient" and trainer.args.fp16):
             raise TrainingError(
-                f"the {name} of {batches.name} is {found} before the first step, in {_arithmetic(trainer)}. Set "
+                f"the {name} of {batches.name} is {found} before the first step, in {arithmetic_of(trainer.args)}. Set "
                 "precision: float32, look at loss_arguments, and check that the base model gives numbers at all"
             )
     return _Result(seconds, norm)
@@ -389,13 +390,6 @@ def learnt(prepared: Prepared[Any]) -> list[nn.Parameter]:
     return [*(parameter for parameter in model.parameters() if parameter.requires_grad), *heads]
 
 
-def losses_of(trainer: Any) -> dict[str, nn.Module]:
-    """sentence-transformers' losses by source; FlagEmbedding's are in the model."""
-    loss = getattr(trainer, "loss", None)
-    losses = loss if isinstance(loss, dict) else {"": loss}
-    return {name: one for name, one in losses.items() if isinstance(one, nn.Module)}
-
-
 def forget_gradients(prepared: Prepared[Any]) -> None:
     for module in (prepared.model, *losses_of(prepared.trainer).values()):
         module.zero_grad(set_to_none=True)
@@ -501,10 +495,6 @@ def _watched(prepared: Prepared[Any], note: Callable[[torch.Tensor], None]) -> I
 
 def _ranks_here(rank: Rank) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if rank.device == "cpu" else 1
-
-
-def _arithmetic(trainer: Any) -> str:
-    return "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32"
 
 
 def _existing(folder: Path) -> Path:

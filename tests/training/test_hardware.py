@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from small_problem import Trained, launch
 from test_one_process import same_weights
-from test_processes import started_torchrun, wait_for_steps, workers
+from test_processes import started_rank_1, wait_for_steps
 
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.launch.rank import device_of
@@ -109,7 +109,7 @@ def test_processes_that_load_rows_end_with_their_rank(job_of: Callable[..., Trai
 
     def kill_rank_1() -> None:
         wait_for_steps(job)
-        (rank_1,) = (rank for rank in workers(started_torchrun()) if rank.environ()["RANK"] == "1")
+        rank_1 = started_rank_1()
         while len(loaders) < 2:
             loaders[:] = rank_1.children()
         os.kill(rank_1.pid, signal.SIGKILL)

@@ -48,6 +48,11 @@ def workers(torchrun: psutil.Process) -> list[psutil.Process]:
     return [child for child in torchrun.children() if "embed_pipeline.training.embedder" in child.cmdline()]
 
 
+def started_rank_1() -> psutil.Process:
+    (rank_1,) = (rank for rank in workers(started_torchrun()) if rank.environ()["RANK"] == "1")
+    return rank_1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
 def test_killing_the_launching_process_ends_every_rank(endless: TrainingJob, tmp_path: Path) -> None:
     code = (
@@ -90,7 +95,7 @@ def test_an_interrupt_ends_every_rank(endless: TrainingJob, tmp_path: Path) -> N
 def test_a_rank_that_is_killed_is_the_cause(endless: TrainingJob, tmp_path: Path) -> None:
     def kill_rank_1() -> None:
         wait_for_steps(endless)
-        (rank_1,) = (rank for rank in workers(started_torchrun()) if rank.environ()["RANK"] == "1")
+        rank_1 = started_rank_1()
         rank_1.kill()
 
     killer = threading.Thread(target=kill_rank_1)
@@ -123,7 +128,7 @@ def test_a_process_that_hangs_ends_the_training_in_time(job_of: Callable[..., Tr
 
     def stop_rank_1() -> None:
         wait_for_steps(job)
-        (rank_1,) = (rank for rank in workers(started_torchrun()) if rank.environ()["RANK"] == "1")
+        rank_1 = started_rank_1()
         rank_1.suspend()
 
     stopper = threading.Thread(target=stop_rank_1)
