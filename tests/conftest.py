@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 
@@ -14,12 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 if TYPE_CHECKING:
     from tests.tracking.candidates import Workshop
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A crash of the interpreter leaves its trace: a training in this process (torch's `record`) took it for itself,
+    into the captured output that is lost with the process."""
+    if fault_handler_stderr_fd_key in item.config.stash:
+        faulthandler.enable(file=item.config.stash[fault_handler_stderr_fd_key])
 
 
 @pytest.fixture(scope="session")
