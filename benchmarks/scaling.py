@@ -180,10 +180,14 @@ def efficiency(model: Model, step: Step, processes: int, cluster: Cluster) -> fl
 
 
 def dev_share(model: Model, step: Step, processes: int, cluster: Cluster, rows: int) -> float:
-    """Share of an epoch of `rows` rows in which all wait for rank 0: five dev evaluations of the default sizes."""
+    """Share of an epoch of `rows` rows that goes into measuring: five dev evaluations of the default sizes.
+
+    The processes share the encoding; each searches and computes the figures, on its CPU, in the time seen on one core.
+    """
     questions, passages = 500, 2_000
     flops = forward_flops(model, questions, step.query_tokens) + forward_flops(model, passages, step.passage_tokens)
-    waiting = 5 * (flops / (cluster.peak * model.efficiency) + 1.0)  # a second for the search, the figures, tokenizing
+    tokenizing, figures = 0.7, 0.3
+    waiting = 5 * ((flops / (cluster.peak * model.efficiency) + tokenizing) / processes + figures)
     steps = rows / (step.batch_size * step.accumulation * processes)
     return waiting / (waiting + steps * timed(model, step, processes, cluster).total)
 

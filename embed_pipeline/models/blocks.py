@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+BATCH_SIZE = 64  # texts that a model is given at once
 # Texts of a block: a few batches, so that a kill costs seconds and the processes end together.
-BLOCK_SIZE = 512
+BLOCK_SIZE = 8 * BATCH_SIZE
 TEXTS_FILE = "texts.arrow"
 
 Texts = tuple[Sequence[str], ...]
@@ -29,14 +30,14 @@ def lengths_of(texts: Texts) -> np.ndarray:
     return lengths
 
 
-def blocks_of(lengths: np.ndarray) -> list[np.ndarray]:
-    """(n,) lengths -> row numbers (b,) of each block, the longest texts first.
+def blocks_of(lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """(n,) lengths -> row numbers (b,) of each block of at most `size`, the longest texts first.
 
     Sorted over all texts, not within a block, so that blocks cost no padding; and what does not fit into memory fails
     at once, not after hours.
     """
     order = np.argsort(-lengths, kind="stable")
-    return [order[start : start + BLOCK_SIZE] for start in range(0, len(order), BLOCK_SIZE)]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def of_rows(texts: Texts, rows: np.ndarray) -> Texts:

@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from embed_pipeline.errors import ModelError
+from embed_pipeline.models.blocks import BATCH_SIZE
 from embed_pipeline.models.folder import usable_length
 from embed_pipeline.models.job import EncodingJob, Task
 from embed_pipeline.models.precision import ResolvedPrecision, autocast, default_device, resolve_precision
@@ -96,7 +97,7 @@ class Embedder:
         device: str | None = None,
         trust_remote_code: bool = False,
         ranks: Ranks = ALONE,
-        batch_size: int = 64,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         self.device = device or default_device()
         self.precision = resolve_precision(precision, self.device)
@@ -112,11 +113,11 @@ class Embedder:
         self._digest: str | None = None
 
     @classmethod
-    def around(cls, model: SentenceTransformer, precision: ResolvedPrecision) -> Embedder:
+    def around(cls, model: SentenceTransformer, precision: ResolvedPrecision, ranks: Ranks = ALONE) -> Embedder:
         """The same around a model that is in memory already, such as one in training; without a cache."""
         embedder = cls.__new__(cls)
         embedder.device, embedder.precision = str(model.device), precision
-        embedder.batch_size, embedder.ranks = 64, ALONE
+        embedder.batch_size, embedder.ranks = BATCH_SIZE, ranks
         embedder.model, embedder.encoding = model, encoding_of(model)
         return embedder
 

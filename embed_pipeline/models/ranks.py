@@ -94,7 +94,7 @@ class Ranks:
 
     @staticmethod
     def _in_memory(texts: Texts, work: Callable[[Texts], np.ndarray], what: str, progress: bool) -> np.ndarray:
-        blocks = blocks_of(lengths_of(texts))
+        blocks = blocks_of(lengths_of(texts), BLOCK_SIZE)
         with _bar(len(texts[0]), what, progress) as bar:
             for number, rows in enumerate(blocks):
                 of_block = work(of_rows(texts, rows))
@@ -114,7 +114,7 @@ class Ranks:
         progress: bool,
     ) -> None:
         lengths = lengths_of(texts)
-        blocks = blocks_of(lengths)
+        blocks = blocks_of(lengths, BLOCK_SIZE)
         folder = file.with_suffix(f".blocks-of-{BLOCK_SIZE}")
         folder.mkdir(exist_ok=True)
         missing = missing_blocks(folder, len(blocks))

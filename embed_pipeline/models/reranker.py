@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
 
-from embed_pipeline.models.blocks import Texts
+from embed_pipeline.models.blocks import BATCH_SIZE, Texts
 from embed_pipeline.models.folder import usable_length
 from embed_pipeline.models.job import ScoringJob
 from embed_pipeline.models.precision import ResolvedPrecision, autocast, default_device, resolve_precision
@@ -36,7 +36,7 @@ class Reranker:
         device: str | None = None,
         trust_remote_code: bool = False,
         ranks: Ranks = ALONE,
-        batch_size: int = 64,
+        batch_size: int = BATCH_SIZE,
         seed: int | None = None,
     ) -> None:
         self.device = device or default_device()
@@ -63,11 +63,11 @@ class Reranker:
         self._digest: str | None = None
 
     @classmethod
-    def around(cls, model: CrossEncoder, precision: ResolvedPrecision) -> Reranker:
+    def around(cls, model: CrossEncoder, precision: ResolvedPrecision, ranks: Ranks = ALONE) -> Reranker:
         """The same around a model that is in memory already, such as one in training."""
         reranker = cls.__new__(cls)
         reranker.device, reranker.precision = str(model.device), precision
-        reranker.batch_size, reranker.ranks, reranker.model = 64, ALONE, model
+        reranker.batch_size, reranker.ranks, reranker.model = BATCH_SIZE, ranks, model
         return reranker
 
     def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool = True) -> np.ndarray:

@@ -161,7 +161,7 @@ class Reporting(TrainerCallback):
 class DevEvaluation(TrainerCallback):
     """Measures on dev before, evenly spaced during and at the end; keeps the best weights; stops early.
 
-    `measure` gives the figures by name, and runs on rank 0 while the other ranks wait; the one called `metric` decides.
+    `measure` gives the figures by name, on every rank at once; of rank 0's the one called `metric` decides.
     Without it (no dev split) the last weights are the result.
     """
 
@@ -244,7 +244,7 @@ class DevEvaluation(TrainerCallback):
 
     def _measure(self, args: TrainingArguments, step: int) -> float:
         assert self.measure is not None
-        figures = from_main(self.measure() if self.reporter is not None else {})
+        figures = from_main(self.measure())
         value = figures[self.metric]
         if not math.isfinite(value):
             raise not_finite("dev score", value, step, args)

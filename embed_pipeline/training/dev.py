@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from embed_pipeline.evaluation.evaluators import (
@@ -14,12 +16,14 @@ from embed_pipeline.evaluation.evaluators import (
     reranker_evaluators,
 )
 from embed_pipeline.losses import RETRIEVAL_KINDS
+from embed_pipeline.models.blocks import BATCH_SIZE, Texts, blocks_of, lengths_of, of_rows
 from embed_pipeline.models.embedder import Embedder
-from embed_pipeline.models.precision import ResolvedPrecision
+from embed_pipeline.models.ranks import Ranks
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.tables import extra_folder
 from embed_pipeline.training.dev_set import EmbedderDevSet, RerankerDevSet
 from embed_pipeline.training.job import EmbedderJob, RerankerJob, TrainingJob
+from embed_pipeline.training.process import Rank, from_all
 
 
 def dev_metric(job: EmbedderJob) -> str:
@@ -66,13 +70,16 @@ class EmbedderDev:
         expected = self.evaluators.parts[0].expected
         return 0 if expected is None else len(expected)
 
-    def measure(self, model: SentenceTransformer, precision: ResolvedPrecision) -> dict[str, float]:
-        """Metric -> value, the one of `dev_metric` first."""
+    def measure(self, model: SentenceTransformer, rank: Rank) -> dict[str, float]:
+        """Metric -> value, the one of `dev_metric` first. Every rank comes here; rank 0's figures are the whole ones.
+
+        The ranks share the encoding of the own source. The library's evaluators run on rank 0 while the others wait.
+        """
         figures = {}
         if self.own is not None:
-            figures["ndcg_at_10"] = self.own.ndcg_at_10(Embedder.around(model, precision))
-        if self.evaluators is not None:
-            found = self.evaluators(model, precision)
+            figures["ndcg_at_10"] = self.own.ndcg_at_10(Embedder.around(model, rank.precision, _Together(rank=rank)))
+        if self.evaluators is not None and rank.is_main:
+            found = self.evaluators(model, rank.precision)
             mine = f"{self.source}/"
             figures |= {name.removeprefix(mine): found[name] for name in self.main_metrics if name in found}
         return figures
@@ -98,12 +105,35 @@ class RerankerDev:
         )
         return cls(own, evaluators)
 
-    def measure(self, model: CrossEncoder, precision: ResolvedPrecision) -> dict[str, float]:
-        figures = {"ndcg_at_10": self.own.ndcg_at_10(Reranker.around(model, precision))}
-        if self.evaluators is not None:
-            found = self.evaluators(model, precision)
+    def measure(self, model: CrossEncoder, rank: Rank) -> dict[str, float]:
+        """As an embedder's."""
+        figures = {"ndcg_at_10": self.own.ndcg_at_10(Reranker.around(model, rank.precision, _Together(rank=rank)))}
+        if self.evaluators is not None and rank.is_main:
+            found = self.evaluators(model, rank.precision)
             figures |= {name: found[name] for name in self.evaluators.main_metrics if name in found}
         return figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Together(Ranks):
+    """The ranks of a training: all ask for the same texts, each computes a share of the batches, all get the whole.
+
+    A batch is the same texts whoever computes it, so the figures do not depend on the number of ranks.
+    """
+
+    rank: Rank
+
+    def compute(
+        self, name: object, texts: Texts, work: Callable[[Texts], np.ndarray], job: object, **_: object
+    ) -> np.ndarray:
+        blocks = blocks_of(lengths_of(texts), BATCH_SIZE)
+        mine = range(self.rank.rank, len(blocks), self.rank.world_size)
+        shares = from_all({block: work(of_rows(texts, blocks[block])) for block in mine})
+        rows = [(blocks[block], found) for share in shares for block, found in share.items()]
+        whole = np.empty((len(texts[0]), *rows[0][1].shape[1:]), dtype=np.float32)
+        for of_block, found in rows:
+            whole[of_block] = found
+        return whole
 
 
 def _extra_sources(job: TrainingJob) -> list[MeasuredSource]:

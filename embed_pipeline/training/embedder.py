@@ -41,7 +41,7 @@ def main(job_file: Path) -> None:
             rank,
             prepared,
             sources,
-            (lambda: dev.measure(model, rank.precision)) if dev else None,
+            (lambda: dev.measure(model, rank)) if dev else None,
             metric=dev_metric(job),
             queries=sources[0].size,
             dev_queries=dev.size if dev else 0,

@@ -44,7 +44,7 @@ def main(job_file: Path) -> None:
             rank,
             prepared,
             sources,
-            (lambda: dev.measure(model, rank.precision)) if dev else None,
+            (lambda: dev.measure(model, rank)) if dev else None,
             metric="ndcg_at_10",
             queries=sources[0].size,
             dev_queries=len(dev.own.queries) if dev else 0,

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 from small_problem import Trained
 
+from embed_pipeline.models.embedder import Embedder
+from embed_pipeline.training.dev_set import EmbedderDevSet
+from embed_pipeline.training.job import EmbedderJob
+
 INSTRUCTION = "find the passage: "
 ENCODING = {"query_prompt": INSTRUCTION, "pooling": "cls", "query_max_length": 12, "passage_max_length": 20}
 LONG = "where is the old river and the new engine and the blue garden and the deep violin and the loud harbor"
@@ -59,8 +63,6 @@ def test_an_embedder_loads_in_both_libraries_with_the_same_embeddings(embedder: 
 
 
 def test_an_embedder_is_saved_with_what_it_was_trained_with(embedder: Trained) -> None:
-    from embed_pipeline.models.embedder import Embedder
-
     encoding = Embedder(embedder.model).encoding
     assert encoding.model_dump() == {**ENCODING, "passage_prompt": "", "normalize": True}
     card = (embedder.model / "README.md").read_text()
@@ -80,6 +82,13 @@ def test_the_log_holds_losses_and_the_dev_metric_from_before_the_first_step(embe
     assert not any("@" in name for row in embedder.log for name in row)
 
 
+def test_both_ranks_measure_on_dev_what_one_would(embedder: Trained) -> None:
+    assert isinstance(embedder.job, EmbedderJob)
+    dev = EmbedderDevSet.read(embedder.job)
+    assert dev is not None
+    assert dev.ndcg_at_10(Embedder(embedder.model)) == pytest.approx(embedder.summary["dev_best"])
+
+
 def test_a_reranker_loads_in_both_libraries_with_the_same_scores(reranker: Trained) -> None:
     from FlagEmbedding import FlagReranker
     from sentence_transformers import CrossEncoder
@@ -97,6 +106,7 @@ def test_a_reranker_leaves_its_share_in_the_final_score(reranker: Trained) -> No
     assert list(by_weight) == [round(0.1 * i, 1) for i in range(11)]
     best = max(by_weight.values())
     assert serving["embedder_weight"] == min(weight for weight, value in by_weight.items() if value == best)
+    # The first was scored by rank 0 alone, the second by both.
     assert by_weight[0.0] == pytest.approx(reranker.summary["dev_best"])
 
 
