@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 
 from embed_pipeline import tables
@@ -178,3 +180,13 @@ def launch(job: TrainingJob, folder: Path) -> None:
     job_file = job.write(folder / "job.json")
     env = {JOURNAL_VARIABLE: str(Journal.new(folder, "training", {}).path)}  # as if MLflow were to be told
     run_local(torchrun_command(job.entry_point, job_file, job.world_size), env=env, error_file=folder / "error.json")
+
+
+def processes_of(job: TrainingJob) -> list[psutil.Process]:
+    """All that work for this job on this machine, whoever started them."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(job.output) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_problem import launch, read_output
+from small_problem import launch, processes_of, read_output
 from test_one_process import same_weights
 
 from embed_pipeline.errors import TrainingError
@@ -91,12 +91,3 @@ def test_a_cluster_that_is_not_there_is_told(job_of: Callable[..., TrainingJob],
     with pytest.raises(TrainingError, match=r"no Ray cluster took the job at http://127\.0\.0\.1:1") as raised:
         launch_job(job, job.write(job.output / "job.json"), None, site)
     assert raised.value.passing
-
-
-def processes_of(job: TrainingJob) -> list[str]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if str(job.output) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.name())
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 import threading
@@ -10,10 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from slurm_cluster import missing, slurm_cluster
-from small_problem import read_output
+from small_problem import processes_of, read_output
 from test_one_process import same_weights
 
 from embed_pipeline.errors import TrainingError
@@ -51,15 +49,6 @@ def jobs() -> dict[str, str]:
     """State by id, of what Slurm has not ended."""
     asked = subprocess.run(["squeue", "--noheader", "--format=%i %T"], capture_output=True, text=True, check=True)
     return dict(line.split() for line in asked.stdout.splitlines())
-
-
-def processes_of(job: TrainingJob) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if str(job.output) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 def has_steps(job: TrainingJob) -> bool:
