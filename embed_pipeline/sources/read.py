@@ -74,17 +74,13 @@ def read_sources(settings: SourceSettings, yaml_folder: Path, out: Path) -> Sour
     and column (or line) where a file is not of the format it must be, is damaged or empty, lacks a column, or holds the
     wrong type. A null text in single rows is left to cleaning; a required column that is null in every row is an error.
     """
-    connection = duckdb.connect()
     name, schema = raw_table(settings)
-    # All files are looked at before the first is read, so that a mistake is known after seconds.
-    parts = [part for file in source_files(settings, yaml_folder) for part in _inspect(connection, settings, file)]
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for part in parts:
-            yield from _rows(connection, part, schema)
-
-    rows = write_stream(batches(), schema, out / name)
-    _refuse_columns_without_values(connection, out / name, schema, parts)
+    with duckdb.connect() as connection:
+        # All files are looked at before the first is read, so that a mistake is known after seconds.
+        parts = [part for file in source_files(settings, yaml_folder) for part in _inspect(connection, settings, file)]
+        batches = (batch for part in parts for batch in _rows(connection, part, schema))
+        rows = write_stream(batches, schema, out / name)
+        _refuse_columns_without_values(connection, out / name, schema, parts)
     by_kind: dict[str, int] = {}
     for part in parts:
         by_kind[part.described.kind] = by_kind.get(part.described.kind, 0) + part.described.rows

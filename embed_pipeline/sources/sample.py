@@ -24,46 +24,46 @@ def sample_rows(folder: Path, queries: int, seed: int) -> dict[str, int]:
         return _sample_examples(folder, queries, seed)
     whole = folder / f"whole.{RAW_FILE}"
     (folder / RAW_FILE).rename(whole)
-    connection = duckdb.connect()
-    quoted = str(whole).replace("'", "''")  # a view takes no parameters
-    connection.execute(f"CREATE VIEW raw AS SELECT * FROM read_parquet('{quoted}', file_row_number = true)")
-    _choose_queries(connection, queries, seed)
-    _choose_passages(connection, queries, seed)
-    columns = ", ".join(RAW.names)
-    kept = connection.sql(
-        f"""SELECT {columns} FROM raw WHERE CASE kind
-                WHEN 'passage' THEN file_row_number IN (SELECT row FROM kept_passages)
-                ELSE coalesce(query_id, query) IN (SELECT query FROM kept_queries) END
-            ORDER BY file_row_number"""
-    )
-    write_stream(kept.to_arrow_reader(BATCH_ROWS), RAW, folder / RAW_FILE)
-    connection.close()
+    with duckdb.connect() as connection:
+        quoted = str(whole).replace("'", "''")  # a view takes no parameters
+        connection.execute(f"CREATE VIEW raw AS SELECT * FROM read_parquet('{quoted}', file_row_number = true)")
+        _choose_queries(connection, queries, seed)
+        _choose_passages(connection, queries, seed)
+        columns = ", ".join(RAW.names)
+        kept = connection.sql(
+            f"""SELECT {columns} FROM raw WHERE CASE kind
+                    WHEN 'passage' THEN file_row_number IN (SELECT row FROM kept_passages)
+                    ELSE coalesce(query_id, query) IN (SELECT query FROM kept_queries) END
+                ORDER BY file_row_number"""
+        )
+        write_stream(kept.to_arrow_reader(BATCH_ROWS), RAW, folder / RAW_FILE)
+        counted = connection.execute(
+            "SELECT kind, count(*) FROM read_parquet(?) GROUP BY kind ORDER BY kind", [str(folder / RAW_FILE)]
+        ).fetchall()
     whole.unlink()
-    counted = duckdb.execute("SELECT kind, count(*) FROM read_parquet(?) GROUP BY kind", [str(folder / RAW_FILE)])
-    return {str(kind): int(rows) for kind, rows in sorted(counted.fetchall())}
+    return {str(kind): int(rows) for kind, rows in counted}
 
 
 def _sample_examples(folder: Path, rows: int, seed: int) -> dict[str, int]:
     whole = folder / f"whole.{RAW_EXAMPLES_FILE}"
     (folder / RAW_EXAMPLES_FILE).rename(whole)
     shares = " ".join(f"WHEN '{split}' THEN {share}" for split, share in SPLIT_SHARES.items())
-    connection = duckdb.connect()
-    kept = connection.sql(
-        f"""WITH delivered AS (
-                SELECT *, lower(trim(coalesce(split, ''))) AS told
-                FROM read_parquet($whole, file_row_number = true)
-            ), ranked AS (
-                SELECT *, (SELECT count(DISTINCT told) FROM delivered) AS splits,
-                    row_number() OVER (PARTITION BY told ORDER BY lot, file_row_number) AS rank
-                FROM (SELECT *, md5($seed || file_row_number) AS lot FROM delivered)
-            )
-            SELECT {", ".join(RAW_EXAMPLES.names)} FROM ranked
-            WHERE rank <= ceil($rows * CASE WHEN splits = 1 THEN 1.0 ELSE CASE told {shares} ELSE {OTHER_SHARE} END END)
-            ORDER BY file_row_number""",
-        params={"whole": str(whole), "seed": str(seed), "rows": rows},
-    )
-    count = write_stream(kept.to_arrow_reader(BATCH_ROWS), RAW_EXAMPLES, folder / RAW_EXAMPLES_FILE)
-    connection.close()
+    taken = f"CASE WHEN splits = 1 THEN 1.0 ELSE CASE told {shares} ELSE {OTHER_SHARE} END END"
+    with duckdb.connect() as connection:
+        kept = connection.sql(
+            f"""WITH delivered AS (
+                    SELECT *, lower(trim(coalesce(split, ''))) AS told
+                    FROM read_parquet($whole, file_row_number = true)
+                ), ranked AS (
+                    SELECT *, (SELECT count(DISTINCT told) FROM delivered) AS splits,
+                        row_number() OVER (PARTITION BY told ORDER BY lot, file_row_number) AS rank
+                    FROM (SELECT *, md5($seed || file_row_number) AS lot FROM delivered)
+                )
+                SELECT {", ".join(RAW_EXAMPLES.names)} FROM ranked WHERE rank <= ceil($rows * {taken})
+                ORDER BY file_row_number""",
+            params={"whole": str(whole), "seed": str(seed), "rows": rows},
+        )
+        count = write_stream(kept.to_arrow_reader(BATCH_ROWS), RAW_EXAMPLES, folder / RAW_EXAMPLES_FILE)
     whole.unlink()
     return {"example": count}
 

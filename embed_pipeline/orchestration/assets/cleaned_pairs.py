@@ -92,11 +92,12 @@ def _sample(rejected: Path, texts: tuple[str, str]) -> dg.MarkdownMetadataValue:
     """Three rows of each reason."""
     import duckdb
 
-    rows = duckdb.execute(
-        f"SELECT reason, source, row_number, detail, {', '.join(texts)} FROM read_parquet(?) "
-        "QUALIFY row_number() OVER (PARTITION BY reason ORDER BY source, row_number) <= 3 ORDER BY reason, row_number",
-        [str(rejected)],
-    ).fetchall()
+    with duckdb.connect() as connection:
+        rows = connection.execute(
+            f"SELECT reason, source, row_number, detail, {', '.join(texts)} FROM read_parquet(?) QUALIFY "
+            "row_number() OVER (PARTITION BY reason ORDER BY source, row_number) <= 3 ORDER BY reason, row_number",
+            [str(rejected)],
+        ).fetchall()
     return markdown_table(["reason", "file", "row", "detail", *texts], rows)
 
 
