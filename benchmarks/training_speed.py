@@ -3,9 +3,11 @@
 Trains one model on the same rows with the same batch, lengths, loss and arithmetic: by a job of ours with either
 engine, by the plain sentence-transformers script beside this file, and by FlagEmbedding's own command. Each runs once a
 round, in turn, on one process and on two; figures are medians over the rounds. A callback, the same in all four, notes
-when each step ended. Speed is that of the steps, from the third on; beside it stand the seconds of the whole command
-and the peak memory: of a GPU what torch allocated (the largest of the processes), else the resident memory of all
-processes together. The default engine is compared with the faster library, engine flag-embedding with FlagEmbedding.
+when each step ended. Speed is that of the steps, from the third on; beside it stand the processor time of a step (of
+all processes: on a CPU it tells the work apart from waiting, and from what else the machine does), the seconds of the
+whole command and the peak memory: of a GPU what torch allocated (the largest of the processes), else the resident
+memory of all processes together. The default engine is compared with the faster library, engine flag-embedding with
+FlagEmbedding.
 Writes a table to stdout, and everything measured to the JSON file. Exits with 1 when the claim does not hold.
 
     python benchmarks/training_speed.py [--rounds 5] [--processes 1 2] [--json training_speed.json] [--quick]
@@ -78,6 +80,7 @@ class Measured:
     processes: int
     samples_a_second: float  # queries, of all processes
     step_milliseconds: float  # the median
+    step_cpu_milliseconds: float  # the mean, of all processes together
     command_seconds: float
     peak_bytes: int
 
@@ -212,6 +215,7 @@ def measure(name: str, processes: int, settings: Settings, rows: list[Row], fold
         processes,
         samples_a_second=settings.batch_size * processes * len(each) / sum(each),
         step_milliseconds=1000 * statistics.median(each),
+        step_cpu_milliseconds=1000 * sum(n["cpu"][-1] - n["cpu"][WARM_UP - 1] for n in notes) / len(each),
         command_seconds=seconds,
         peak_bytes=on_gpu or resident,
     )
@@ -386,8 +390,8 @@ def flag_embedding_command(name: str, processes: int, settings: Settings, rows: 
 
 def table(measured: list[Measured]) -> str:
     lines = [
-        "| processes | training | samples/s | step, ms | whole command, s | peak memory, GiB | of theirs |",
-        "|---|---|---|---|---|---|---|",
+        "| processes | training | samples/s | step, ms | CPU, ms | whole command, s | peak memory, GiB | of theirs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     shares = ratios(measured)
     for processes in sorted({one.processes for one in measured}):
@@ -400,7 +404,9 @@ def table(measured: list[Measured]) -> str:
             share = shares.get((name, processes))
             lines.append(
                 f"| {processes} | {name} | {median(lambda one: one.samples_a_second):.1f} "
-                f"| {median(lambda one: one.step_milliseconds):.0f} | {median(lambda one: one.command_seconds):.1f} "
+                f"| {median(lambda one: one.step_milliseconds):.0f} "
+                f"| {median(lambda one: one.step_cpu_milliseconds):.0f} "
+                f"| {median(lambda one: one.command_seconds):.1f} "
                 f"| {median(lambda one: one.peak_bytes) / 2**30:.2f} | {f'{share:.1%}' if share else ''} |"
             )
     return "\n".join(lines)
@@ -428,6 +434,7 @@ def run_timed() -> None:
     class Noted(TrainerCallback):
         def __init__(self) -> None:
             self.step_ends: list[float] = []
+            self.cpu: list[float] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             import torch
@@ -435,13 +442,14 @@ def run_timed() -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # else a step ends when its kernels are queued
             self.step_ends.append(time.perf_counter())
+            self.cpu.append(time.process_time())
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             import torch
 
             gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
             path = Path(f"{os.environ[NOTES]}-{os.environ.get('RANK', 0)}.json")
-            path.write_text(json.dumps({"step_ends": self.step_ends, "gpu_bytes": gpu}))
+            path.write_text(json.dumps({"step_ends": self.step_ends, "cpu": self.cpu, "gpu_bytes": gpu}))
 
     trainer.DEFAULT_CALLBACKS.append(Noted)  # type: ignore[arg-type]
     runpy.run_module(os.environ[MODULE], run_name="__main__", alter_sys=True)
