@@ -187,8 +187,6 @@ def _details(
         scores=ranked.scores,
         better=sorted((c for c in changes if c.change > 0), key=lambda c: -c.change)[: settings.examples],
         worse=sorted((c for c in changes if c.change < 0), key=lambda c: c.change)[: settings.examples],
-        pairs_better=[],
-        pairs_worse=[],
         sources=ranked.beside.source_figures(),
         queries_better=sum(change.change > 0 for change in changes),
         queries_worse=sum(change.change < 0 for change in changes),

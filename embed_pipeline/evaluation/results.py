@@ -94,27 +94,12 @@ class Details(_Part):
     gate: GateReport
     claim: str  # the verdict on the embedder in plain words
     figures: str  # its gain and interval
-    verdicts: dict[str, str]  # system -> one plain sentence
     systems: dict[str, str]  # system -> what it is
     notes: list[str]
-    passages: int
-    queries: int
-    queries_without_positive: int
-    reranked_queries: int
-    rerank_top_k: int
-    embedder_weight: float | None
-    dev_ndcg_at_10_by_weight: dict[str, float]
-    over_embedder: list[Comparison]  # gains over the fine-tuned embedder on the same queries
-    over_base_reranker: list[Comparison]  # of the fine-tuned reranker, each ranking by its own score alone
+    queries: int  # or pairs
     over_champion: list[Comparison]  # the candidate's embedder and pair over the champion's
     seen_by_champion: int  # test queries left out there: the champion was trained on them or on their answers
     history: list[HistoryPoint]  # of all evaluations, oldest first, this one last
-    milliseconds_per_query: dict[str, float]  # of the pairs: embedder and reranker together
-    scores: dict[str, ScoreSummary]  # embedder -> similarity of positives and of each query's best other passage
-    better: list[QueryChange]
-    worse: list[QueryChange]
-    pairs_better: list[PairChange]  # of scored pairs
-    pairs_worse: list[PairChange]
     sources: list[SourceFigure]  # the library's evaluators, on every source that was trained on, and on NanoBEIR
     queries_better: int
     queries_worse: int
@@ -122,6 +107,23 @@ class Details(_Part):
     bootstrap_samples: int
     confidence: float
     versions: dict[str, str]
+    # Of retrieval alone:
+    verdicts: dict[str, str] = {}  # system -> one plain sentence
+    passages: int = 0
+    queries_without_positive: int = 0
+    reranked_queries: int = 0
+    rerank_top_k: int = 0
+    embedder_weight: float | None = None
+    dev_ndcg_at_10_by_weight: dict[str, float] = {}
+    over_embedder: list[Comparison] = []  # gains over the fine-tuned embedder on the same queries
+    over_base_reranker: list[Comparison] = []  # of the fine-tuned reranker, each ranking by its own score alone
+    milliseconds_per_query: dict[str, float] = {}  # of the pairs: embedder and reranker together
+    scores: dict[str, ScoreSummary] = {}  # embedder -> similarity of positives and of each query's best other passage
+    better: list[QueryChange] = []
+    worse: list[QueryChange] = []
+    # Of scored pairs alone:
+    pairs_better: list[PairChange] = []
+    pairs_worse: list[PairChange] = []
 
     @property
     def metric(self) -> str:
