@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import shutil
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,6 +30,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     into the captured output that is lost with the process."""
     if fault_handler_stderr_fd_key in item.config.stash:
         faulthandler.enable(file=item.config.stash[fault_handler_stderr_fd_key])
+
+
+@pytest.fixture(autouse=True)
+def no_handler_of_other_tests() -> Iterator[None]:
+    """A DataLoader with processes leaves a handler of SIGCHLD behind, for every later child of this process.
+
+    About to enter it, the kernel has sent SIGSEGV instead, and ended a test that waited for its child (seen in a core).
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,11 @@ from sentence_transformers import CrossEncoder
 from embed_pipeline.models.folder import has_trained_head, pair_length
 from embed_pipeline.training.job import RerankerJob
 from embed_pipeline.training.modules import set_up_for_training
-from embed_pipeline.training.process import Rank
 
 logger = logging.getLogger(__name__)
 
 
-def load_cross_encoder(job: RerankerJob, rank: Rank) -> CrossEncoder:
+def load_cross_encoder(job: RerankerJob, device: str) -> CrossEncoder:
     """The job's base model, ready to train; an encoder without a head gets a fresh one, from the job's seed.
 
     The saved model gives logits, not probabilities: what FlagReranker gives, and what listwise losses train.
@@ -32,11 +31,11 @@ def load_cross_encoder(job: RerankerJob, rank: Rank) -> CrossEncoder:
     model = CrossEncoder(
         str(job.base_model),
         num_labels=1,
-        device=rank.device,
+        device=device,
         activation_fn=torch.nn.Identity(),
         trust_remote_code=job.trust_remote_code,
         local_files_only=True,
     )
-    set_up_for_training(model, job.settings, rank)
+    set_up_for_training(model, job.settings, device)
     model.max_seq_length = max_length
     return model

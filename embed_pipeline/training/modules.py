@@ -12,12 +12,11 @@ from torch import nn
 
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.settings import LoraSettings, TrainingSettings
-from embed_pipeline.training.process import Rank
 
 logger = logging.getLogger(__name__)
 
 
-def set_up_for_training(model: SentenceTransformer | CrossEncoder, settings: TrainingSettings, rank: Rank) -> None:
+def set_up_for_training(model: SentenceTransformer | CrossEncoder, settings: TrainingSettings, device: str) -> None:
     """Float32 weights (a base may come in half precision), the dropout asked for, and attention that is fast here.
 
     Then what is to be trained at all: everything, or what `freeze` leaves, or `lora`'s adapters. Raises TrainingError
@@ -26,8 +25,8 @@ def set_up_for_training(model: SentenceTransformer | CrossEncoder, settings: Tra
     model.float()
     if settings.dropout is not None:
         _set_dropout(model, settings.dropout)
-    if rank.device == "cpu" and rank.precision == "bfloat16":
-        # The fused kernel's backward takes ten times as long there (torch 2.13, 64 tokens); in float32 it does not.
+    if device == "cpu":
+        # The fused kernel's backward takes ten times as long on a CPU (torch 2.13, bfloat16, 64 tokens).
         model[0].auto_model.set_attn_implementation("eager")  # type: ignore[union-attr, operator]
     _freeze(model, settings)
     if settings.lora is not None:

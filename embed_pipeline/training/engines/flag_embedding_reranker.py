@@ -32,7 +32,7 @@ def prepare(job: RerankerJob, rank: Rank, sources: list[TrainingSource], work: P
     """
     settings = job.settings
     check_steps(job, rank, sum(source.size for source in sources), "queries")
-    model = load_cross_encoder(job, rank)
+    model = load_cross_encoder(job, rank.device)
     # Its maximum is the sum of the two: cut it to what the model has positions for.
     passage_max_len = pair_length(job.base_model, settings) - settings.query_max_length
 

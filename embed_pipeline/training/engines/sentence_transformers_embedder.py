@@ -37,7 +37,7 @@ def prepare(job: EmbedderJob, rank: Rank, sources: list[TrainingSource], work: P
     model = load_sentence_transformer(
         job.base_model, settings.encoding, device=rank.device, trust_remote_code=job.trust_remote_code
     )
-    set_up_for_training(model, settings, rank)
+    set_up_for_training(model, settings, rank.device)
     rows = RowSettings(settings.train_group_size)
 
     def make(source: TrainingSource) -> tuple[Dataset, nn.Module]:

@@ -25,7 +25,7 @@ class RerankerTrainer(SeveralSources, CrossEncoderTrainer):
 def prepare(job: RerankerJob, rank: Rank, sources: list[TrainingSource], work: Path) -> Prepared[CrossEncoder]:
     """Rows are what each source's loss takes. A batch of a loss over single pairs holds the pairs of whole groups."""
     settings = job.settings
-    model = load_cross_encoder(job, rank)
+    model = load_cross_encoder(job, rank.device)
     rows = RowSettings(settings.train_group_size, settings.random_negatives)
 
     def make(source: TrainingSource) -> tuple[Dataset, nn.Module]:
