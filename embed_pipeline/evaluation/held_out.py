@@ -21,13 +21,11 @@ from embed_pipeline.tables import (
 
 def held_out_queries_among(trained: Path, cleaned: Path) -> list[str]:
     """query_ids of dev and test in `cleaned` (a cleaned_pairs folder) that `trained` (parquet with query_id) holds."""
-    with duckdb.connect() as connection:
-        rows = connection.execute(
-            "SELECT DISTINCT query_id FROM read_parquet($trained) SEMI JOIN "
-            "(SELECT query_id FROM read_parquet($queries) WHERE split <> 'train') USING (query_id) ORDER BY query_id",
-            {"trained": str(trained), "queries": str(cleaned / QUERIES_FILE)},
-        ).fetchall()
-    return [row[0] for row in rows]
+    return _ids(
+        "SELECT DISTINCT query_id FROM read_parquet($trained) SEMI JOIN "
+        "(SELECT query_id FROM read_parquet($queries) WHERE split <> 'train') USING (query_id) ORDER BY query_id",
+        {"trained": str(trained), "queries": str(cleaned / QUERIES_FILE)},
+    )
 
 
 def seen_in_training(trained: Path, trained_cleaned: Path, cleaned: Path) -> list[str]:
@@ -38,38 +36,35 @@ def seen_in_training(trained: Path, trained_cleaned: Path, cleaned: Path) -> lis
     passage that answers it was a positive of another query; both by id and by text, where letter case, punctuation,
     spacing and, in questions, word order make no difference.
     """
-    with duckdb.connect() as connection:
-        create_macros(connection)
-        rows = connection.execute(
-            """WITH trained AS (SELECT query_id, unnest(positive_ids) AS passage_id FROM read_parquet($trained)),
-            trained_queries AS (
-                SELECT query_id, unnest(query_keys(folded(query))) AS key FROM read_parquet($old_queries) AS q
-                SEMI JOIN trained USING (query_id)),
-            trained_passages AS (
-                SELECT passage_id, letters(folded(text)) AS text FROM read_parquet($old_passages) AS p
-                SEMI JOIN trained USING (passage_id)),
-            asked AS (
-                SELECT query_id, unnest(query_keys(folded(query))) AS key FROM read_parquet($queries)
-                WHERE split = 'test'),
-            answers AS (
-                SELECT query_id, passage_id, letters(folded(text)) AS text FROM read_parquet($qrels) AS j
-                JOIN read_parquet($passages) AS p USING (passage_id) WHERE relevance > 0)
-            SELECT DISTINCT query_id FROM asked WHERE query_id IN (SELECT query_id FROM trained_queries)
-                OR key IN (SELECT key FROM trained_queries)
-                OR query_id IN (
-                    SELECT query_id FROM answers WHERE passage_id IN (SELECT passage_id FROM trained_passages)
-                        OR text IN (SELECT text FROM trained_passages))
-            ORDER BY query_id""",
-            {
-                "trained": str(trained),
-                "old_queries": str(trained_cleaned / QUERIES_FILE),
-                "old_passages": str(trained_cleaned / PASSAGES_FILE),
-                "queries": str(cleaned / QUERIES_FILE),
-                "passages": str(cleaned / PASSAGES_FILE),
-                "qrels": str(cleaned / QRELS_FILE),
-            },
-        ).fetchall()
-    return [row[0] for row in rows]
+    return _ids(
+        """WITH trained AS (SELECT query_id, unnest(positive_ids) AS passage_id FROM read_parquet($trained)),
+        trained_queries AS (
+            SELECT query_id, unnest(query_keys(folded(query))) AS key FROM read_parquet($old_queries) AS q
+            SEMI JOIN trained USING (query_id)),
+        trained_passages AS (
+            SELECT passage_id, letters(folded(text)) AS text FROM read_parquet($old_passages) AS p
+            SEMI JOIN trained USING (passage_id)),
+        asked AS (
+            SELECT query_id, unnest(query_keys(folded(query))) AS key FROM read_parquet($queries)
+            WHERE split = 'test'),
+        answers AS (
+            SELECT query_id, passage_id, letters(folded(text)) AS text FROM read_parquet($qrels) AS j
+            JOIN read_parquet($passages) AS p USING (passage_id) WHERE relevance > 0)
+        SELECT DISTINCT query_id FROM asked WHERE query_id IN (SELECT query_id FROM trained_queries)
+            OR key IN (SELECT key FROM trained_queries)
+            OR query_id IN (
+                SELECT query_id FROM answers WHERE passage_id IN (SELECT passage_id FROM trained_passages)
+                    OR text IN (SELECT text FROM trained_passages))
+        ORDER BY query_id""",
+        {
+            "trained": str(trained),
+            "old_queries": str(trained_cleaned / QUERIES_FILE),
+            "old_passages": str(trained_cleaned / PASSAGES_FILE),
+            "queries": str(cleaned / QUERIES_FILE),
+            "passages": str(cleaned / PASSAGES_FILE),
+            "qrels": str(cleaned / QRELS_FILE),
+        },
+    )
 
 
 def seen_by(trained_cleaned: Path, mined: Sequence[Path], cleaned: Path) -> set[str]:
@@ -128,41 +123,41 @@ def _seen_pairs(
             "queries": str(rows / QUERIES_FILE),
             "passages": str(rows / PASSAGES_FILE),
         }
-    with duckdb.connect() as connection:
-        create_macros(connection)
-        found = connection.execute(
-            f"""WITH keys AS (SELECT unnest(pair_keys(folded(first), folded(second))) AS key FROM ({trained_pairs})),
-            asked AS (
-                SELECT example_id, unnest(pair_keys(folded(sentence1), folded(sentence2))) AS key
-                FROM read_parquet($asked) WHERE split = 'test')
-            SELECT DISTINCT example_id FROM asked SEMI JOIN keys USING (key) ORDER BY example_id""",
-            told,
-        ).fetchall()
-    return [row[0] for row in found]
+    return _ids(
+        f"""WITH keys AS (SELECT unnest(pair_keys(folded(first), folded(second))) AS key FROM ({trained_pairs})),
+        asked AS (
+            SELECT example_id, unnest(pair_keys(folded(sentence1), folded(sentence2))) AS key
+            FROM read_parquet($asked) WHERE split = 'test')
+        SELECT DISTINCT example_id FROM asked SEMI JOIN keys USING (key) ORDER BY example_id""",
+        told,
+    )
 
 
 def _seen_texts(examples: Path, cleaned: Path) -> list[str]:
     """query_ids of `cleaned`'s test questions that are a sentence of `examples`' train split, or whose answer is."""
+    return _ids(
+        """WITH sentences AS (
+            SELECT DISTINCT unnest(text_keys(folded(sentence))) AS key FROM (
+                SELECT unnest([sentence1, sentence2]) AS sentence FROM read_parquet($examples) WHERE split = 'train')
+            WHERE sentence IS NOT NULL),
+        asked AS (SELECT query_id, query FROM read_parquet($queries) WHERE split = 'test'),
+        texts AS (
+            SELECT query_id, unnest(text_keys(folded(query))) AS key FROM asked
+            UNION ALL
+            SELECT query_id, unnest(text_keys(folded(text))) FROM asked JOIN read_parquet($qrels) USING (query_id)
+            JOIN read_parquet($passages) USING (passage_id) WHERE relevance > 0)
+        SELECT DISTINCT query_id FROM texts SEMI JOIN sentences USING (key) ORDER BY query_id""",
+        {
+            "examples": str(examples / EXAMPLES_FILE),
+            "queries": str(cleaned / QUERIES_FILE),
+            "qrels": str(cleaned / QRELS_FILE),
+            "passages": str(cleaned / PASSAGES_FILE),
+        },
+    )
+
+
+def _ids(query: str, told: dict[str, str]) -> list[str]:
+    """The first column of what a query finds, with the macros of cleaning; `told` are its parameters."""
     with duckdb.connect() as connection:
         create_macros(connection)
-        found = connection.execute(
-            """WITH sentences AS (
-                SELECT DISTINCT unnest(text_keys(folded(sentence))) AS key FROM (
-                    SELECT unnest([sentence1, sentence2]) AS sentence FROM read_parquet($examples)
-                    WHERE split = 'train')
-                WHERE sentence IS NOT NULL),
-            asked AS (SELECT query_id, query FROM read_parquet($queries) WHERE split = 'test'),
-            texts AS (
-                SELECT query_id, unnest(text_keys(folded(query))) AS key FROM asked
-                UNION ALL
-                SELECT query_id, unnest(text_keys(folded(text))) FROM asked JOIN read_parquet($qrels) USING (query_id)
-                JOIN read_parquet($passages) USING (passage_id) WHERE relevance > 0)
-            SELECT DISTINCT query_id FROM texts SEMI JOIN sentences USING (key) ORDER BY query_id""",
-            {
-                "examples": str(examples / EXAMPLES_FILE),
-                "queries": str(cleaned / QUERIES_FILE),
-                "qrels": str(cleaned / QRELS_FILE),
-                "passages": str(cleaned / PASSAGES_FILE),
-            },
-        ).fetchall()
-    return [row[0] for row in found]
+        return [row[0] for row in connection.execute(query, told).fetchall()]
