@@ -914,6 +914,11 @@ class LaunchSettings(Settings):
         description='slurm: options of sbatch by their long names, e.g. {partition: gpu, time: "12:00:00", mem: 64G}',
     )
     setup: str = Field("", description="slurm: shell lines before the job, e.g. module load cuda")
+    environment: tuple[str, ...] = Field(
+        (),
+        description="names of variables that jobs are given besides those listed in docs/jobs.md, e.g. one that a "
+        "model's own code reads; their values are no part of a version",
+    )
 
     @property
     def elsewhere(self) -> bool:

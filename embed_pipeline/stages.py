@@ -22,6 +22,7 @@ from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Re
 from embed_pipeline.champions import Champion, models_of, pair_key, pointer, read_history
 from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError, HubError
 from embed_pipeline.evaluation.guard_files import guard_digest
+from embed_pipeline.launch.environment import compute_as_asked
 from embed_pipeline.launch.job import Job, Site, launch_job
 from embed_pipeline.launch.nodes import NODES_FOLDER
 from embed_pipeline.launch.torchrun import has_gpu_driver, world_size
@@ -865,6 +866,7 @@ def ranks_of(pipeline: Pipeline, launch: Launch) -> Ranks:
     """
     from embed_pipeline.models.ranks import Ranks
 
+    compute_as_asked()
     told, site = pipeline.settings, pipeline.site
     if told.launch.elsewhere:
         site = replace(site, settings=LaunchSettings())

@@ -18,12 +18,12 @@ import psutil
 
 from embed_pipeline import errors
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.launch.environment import ERROR_FILE_VARIABLE, job_environment
 
 # What ends a training that did nothing wrong: it was preempted, others took the memory, a connection was lost.
 PASSING_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 PASSING_ERRORS = ("ConnectionError", "ConnectionResetError", "TimeoutError", "DistNetworkError", "SignalException")
 TERMINATE_SECONDS = 12.0  # more than torchrun's own --shutdown-timeout, so that it can end its workers itself
-ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 # What a process says whose peer is gone: true, but not the cause.
 _VICTIM = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|closed by peer|DistNetworkError|DistStoreError|DistBackendError|"
@@ -44,7 +44,7 @@ def run_local(
 ) -> None:
     """Run a launch command to its end; its output goes where this process's output goes.
 
-    `env` is added to this process's environment. `on_poll` is called every `poll_seconds` while it runs. Whatever is
+    Of this process's environment it is given what `launch.environment` passes on, and over it `env`. `on_poll` is called every `poll_seconds` while it runs. Whatever is
     raised here meanwhile (an interrupt, a failing `on_poll`) ends torchrun and all its workers and is raised again.
     When this process is killed outright, the kernel ends them (on Linux).
 
@@ -55,7 +55,7 @@ def run_local(
         left.unlink()
     process = subprocess.Popen(
         [sys.executable, "-m", "embed_pipeline.launch.parent_death", *command],
-        env={**os.environ, **env, ERROR_FILE_VARIABLE: str(error_file)},
+        env=job_environment({**env, ERROR_FILE_VARIABLE: str(error_file)}),
         start_new_session=True,  # a Ctrl-C in the terminal reaches us alone, and we end torchrun in order
     )
     try:

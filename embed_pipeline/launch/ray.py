@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from embed_pipeline.launch.environment import ERROR_FILE_VARIABLE
 from embed_pipeline.launch.heartbeat import HEARTBEAT_VARIABLE, Heart
-from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, leave_error
+from embed_pipeline.launch.local import leave_error
 from embed_pipeline.launch.torchrun import torchrun_command
 from embed_pipeline.settings import LaunchSettings
 
@@ -57,7 +58,7 @@ def main(submission: Path) -> int:
             entrypoint_num_gpus=told["gpus"] or None,
             runtime_env={
                 "env_vars": {
-                    **{name: os.environ[name] for name in told["environment"]},
+                    **{name: os.environ[name] for name in told["environment"] if name in os.environ},
                     HEARTBEAT_VARIABLE: str(heart.path),
                     ERROR_FILE_VARIABLE: str(submission.with_name("error-node.json")),
                 }

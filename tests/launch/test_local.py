@@ -62,25 +62,6 @@ def test_an_error_file_cut_short_leaves_the_exit_code_to_tell(left: str, tmp_pat
         run_local(python(code), env={"LEFT": left}, error_file=tmp_path / "error.json")
 
 
-def test_a_training_that_is_not_tracked_joins_no_mlflow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from embed_pipeline.launch import job as launching
-    from embed_pipeline.training.job import EmbedderJob
-
-    seen: dict[str, str] = {}
-    monkeypatch.setenv("MLFLOW_RUN_ID", "of the user")
-    monkeypatch.setattr(launching, "run_local", lambda command, *, env, **_: seen.update({**os.environ, **env}))
-    job = EmbedderJob.model_construct(world_size=1)
-    launching.launch_job(job, tmp_path / "job.json")
-    assert seen["MLFLOW_RUN_ID"] == ""
-
-
-def test_a_command_gets_our_environment_and_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OURS", "1")
-    code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['OURS'] + os.environ['ITS'])"
-    run_local(python(code, str(tmp_path / "seen")), env={"ITS": "2"}, error_file=tmp_path / "error.json")
-    assert (tmp_path / "seen").read_text() == "12"
-
-
 @pytest.mark.parametrize(
     ("code", "message"),
     [
