@@ -44,9 +44,10 @@ def run_local(
 ) -> None:
     """Run a launch command to its end; its output goes where this process's output goes.
 
-    Of this process's environment it is given what `launch.environment` passes on, and over it `env`. `on_poll` is called every `poll_seconds` while it runs. Whatever is
-    raised here meanwhile (an interrupt, a failing `on_poll`) ends torchrun and all its workers and is raised again.
-    When this process is killed outright, the kernel ends them (on Linux).
+    Of this process's environment the command is given what jobs are (see `launch.environment`), and over it `env`.
+    `on_poll` is called every `poll_seconds` while it runs. Whatever is raised here meanwhile (an interrupt, a failing
+    `on_poll`) ends torchrun and all its workers and is raised again. When this process is killed outright, the kernel
+    ends them (on Linux).
 
     Raises TrainingError with the first failing rank's cause, as torchrun leaves it in `error_file` (and other nodes in
     files beside it whose names begin like it); it is `passing` where trying again may help.
