@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -23,7 +24,11 @@ from embed_pipeline.launch.environment import ERROR_FILE_VARIABLE, job_environme
 # What ends a training that did nothing wrong: it was preempted, others took the memory, a connection was lost.
 PASSING_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 PASSING_ERRORS = ("ConnectionError", "ConnectionResetError", "TimeoutError", "DistNetworkError", "SignalException")
-TERMINATE_SECONDS = 12.0  # more than torchrun's own --shutdown-timeout, so that it can end its workers itself
+# More than torchrun's own --shutdown-timeout, so that it can end its workers itself; a cancelled job is gone at most
+# KILL_SECONDS after it, so within 15 seconds of the cancel with time to spare for whoever passes it on.
+TERMINATE_SECONDS = 8.0
+KILL_SECONDS = 2.0
+_MARK_VARIABLE = "EMBED_PIPELINE_LAUNCH"  # every process of a job inherits it, whatever session or parent it has
 # What a process says whose peer is gone: true, but not the cause.
 _VICTIM = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|closed by peer|DistNetworkError|DistStoreError|DistBackendError|"
@@ -54,9 +59,10 @@ def run_local(
     """
     for left in _error_files(error_file):
         left.unlink()
+    mark = secrets.token_hex(8)
     process = subprocess.Popen(
         [sys.executable, "-m", "embed_pipeline.launch.parent_death", *command],
-        env=job_environment({**env, ERROR_FILE_VARIABLE: str(error_file)}),
+        env=job_environment({**env, ERROR_FILE_VARIABLE: str(error_file), _MARK_VARIABLE: mark}),
         start_new_session=True,  # a Ctrl-C in the terminal reaches us alone, and we end torchrun in order
     )
     try:
@@ -65,29 +71,36 @@ def run_local(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(poll_seconds)
     except BaseException:
-        stop(process)
+        process.terminate()  # torchrun, which ends its workers
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(TERMINATE_SECONDS)
         raise
+    finally:
+        if process.poll() is None:
+            process.kill()
+        _kill_all(mark)
+        process.wait()
     if process.returncode != 0:
         raise training_error(error_file, process.returncode)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End torchrun by SIGTERM, which ends its workers; kill what is left of the tree after TERMINATE_SECONDS."""
-    try:
-        # Taken before it ends: orphans are no longer its children, and each worker has a session of its own.
-        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        tree = []
-    process.terminate()
-    try:
-        deadline = time.monotonic() + TERMINATE_SECONDS
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-    finally:
-        for member in tree:
+def _kill_all(mark: str) -> None:
+    """End what is left of a job: workers have sessions of their own, and what they started may have lost its parent."""
+    deadline = time.monotonic() + KILL_SECONDS
+    while (left := _processes_of(mark)) and time.monotonic() < deadline:
+        for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait()
+                process.kill()
+        psutil.wait_procs(left, timeout=0.2)
+
+
+def _processes_of(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile, or another user's
+            if process.environ().get(_MARK_VARIABLE) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def training_error(error_file: Path, return_code: int) -> TrainingError:
