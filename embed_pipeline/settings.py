@@ -983,6 +983,12 @@ class PipelineSettings(Settings):
         description="that encode, score and search for mining and evaluation; auto: one on a CPU, one per visible GPU "
         "otherwise. Started where they save more than their start costs; results are the same",
     )
+    retrain_after_library_upgrade: bool = Field(
+        False,
+        description="another version of torch, transformers, sentence-transformers or FlagEmbedding makes the models "
+        "and what they compute anew (as does switching this on); off: it is told, by the assets and by "
+        "`embed-pipeline check`",
+    )
     source: SourceSettings
     extra_sources: tuple[ExtraSourceSettings, ...] = ()
     cleaning: CleaningSettings = CleaningSettings()
