@@ -39,7 +39,7 @@ def pipeline_of(tmp_path: Path, tiny_bert_folder: Path, monkeypatch: pytest.Monk
     write_pipeline(tmp_path / "defs", settings_of(tiny_bert_folder))
 
     def make(**changed: Any) -> Pipeline:
-        told: dict[str, Any] = {**settings_of(tiny_bert_folder), **changed}
+        told: dict[str, Any] = {**settings_of(tiny_bert_folder), "encode_precision": "auto", **changed}
         told["tracking"] = {"system_metrics": False, "log_model": False}
         store = PipelineStore(tmp_path / "store", "small")
         return Pipeline(PipelineSettings.model_validate(told), tmp_path / "defs" / "small", store)

@@ -82,8 +82,10 @@ STEERING = (
     *("MKL_*", "DNNL_*", "ONEDNN_*", "OMP_*", "KMP_*", "GOMP_*", "OPENBLAS_*"),
     *("CUDA_*", "CUBLAS_*", "CUBLASLT_*", "CUDNN_*", "NVIDIA_*", "PYTHON*", "LD_*", "DYLD_*", "BASH_ENV"),
 )
-# Of those, what changes the numbers of the process that it stands in, whatever is asked of torch.
-_NUMERICS = (
+# Of those, what changes the numbers of the process that it stands in, whatever is asked of torch; and what has torch
+# unpickle anything, although it was told `weights_only`.
+_OVERRULING = (
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
     *("ATEN_CPU_CAPABILITY", "DNNL_*", "ONEDNN_*", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE"),
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "CUDNN_*"),
 )
@@ -112,8 +114,8 @@ def keep_to_job_environment() -> None:
 
 
 def compute_as_asked() -> None:
-    """Take from this process's environment what would change its arithmetic; it is to compute what a job would."""
-    others = [name for name in os.environ if _one_of(name, _NUMERICS)]
+    """Take from this process's environment what overrules its arithmetic; it is to compute what a job would."""
+    others = [name for name in os.environ if _one_of(name, _OVERRULING)]
     _tell(others)
     for name in others:
         del os.environ[name]
