@@ -24,9 +24,9 @@ from embed_pipeline.launch.environment import ERROR_FILE_VARIABLE, job_environme
 # What ends a training that did nothing wrong: it was preempted, others took the memory, a connection was lost.
 PASSING_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 PASSING_ERRORS = ("ConnectionError", "ConnectionResetError", "TimeoutError", "DistNetworkError", "SignalException")
-# More than torchrun's own --shutdown-timeout, so that it can end its workers itself; a cancelled job is gone at most
-# KILL_SECONDS after it, so within 15 seconds of the cancel with time to spare for whoever passes it on.
-TERMINATE_SECONDS = 8.0
+# More than torchrun's own --shutdown-timeout, so that it can end its workers itself; what is left is gone KILL_SECONDS
+# later. With what a tracked run then takes (`tracking.runs`) a cancel is over within 15 seconds, with time to spare.
+TERMINATE_SECONDS = 7.0
 KILL_SECONDS = 2.0
 _MARK_VARIABLE = "EMBED_PIPELINE_LAUNCH"  # every process of a job inherits it, whatever session or parent it has
 # What a process says whose peer is gone: true, but not the cause.

@@ -14,7 +14,7 @@ from embed_pipeline.settings import LaunchSettings
 GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 # From SIGTERM to SIGKILL of a rank: time for a checkpoint, and less than whoever launched torchrun waits for it
 # (`local.TERMINATE_SECONDS`), also on a busy machine.
-SHUTDOWN_SECONDS = 6
+SHUTDOWN_SECONDS = 5
 
 
 @dataclass(frozen=True)
