@@ -29,7 +29,7 @@ STUBBORN = textwrap.dedent(
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     start = (
         "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], "
-        "start_new_session=True, stdout=subprocess.DEVNULL); print(p.pid)"
+        "start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); print(p.pid)"
     )
     orphan = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True).stdout
     with open(sys.argv[1], "w") as file:
