@@ -52,6 +52,8 @@ PASSED_ON = (
     *("AWS_*", "AZURE_*", "GOOGLE_*", "CLOUDSDK_*", "MLFLOW_*"),
     # What a debugging person sets.
     *("TORCH_CPP_LOG_LEVEL", "TORCH_DISTRIBUTED_DEBUG", "TORCH_SHOW_CPP_STACKTRACES", "TORCH_LOGS", "LOGLEVEL"),
+    # Environment modules, which `launch.setup` calls: `module` is a function that bash takes from here.
+    *("MODULE*", "LMOD_*", "LOADEDMODULES", "_LMFILES_", "BASH_FUNC_*", "BASH_ENV"),
     # Clusters: how they are reached, and defaults of sbatch that a site sets.
     *("SLURM_CONF", "SLURM_CONF_SERVER", "SBATCH_*", "RAY_*"),
     # Ours.
@@ -80,10 +82,10 @@ STEERING = (
     *("TORCH*", "PYTORCH_*", "ATEN_*", "AOT*", "XLA_*", "PJRT_*", "USE_TORCH_XLA", "USE_TF", "USE_LIBUV", "TRITON_*"),
     *("TRANSFORMERS_*", "USE_HUB_KERNELS", "TRUST_REMOTE_CODE", "FLASH_ATTENTION_*", "HCCL_*"),
     *("MKL_*", "DNNL_*", "ONEDNN_*", "OMP_*", "KMP_*", "GOMP_*", "OPENBLAS_*"),
-    *("CUDA_*", "CUBLAS_*", "CUBLASLT_*", "CUDNN_*", "NVIDIA_*", "PYTHON*", "LD_*", "DYLD_*", "BASH_ENV"),
+    *("CUDA_*", "CUBLAS_*", "CUBLASLT_*", "CUDNN_*", "NVIDIA_*", "PYTHON*", "LD_*", "DYLD_*"),
 )
 # Of those, what changes the numbers of the process that it stands in, whatever is asked of torch; and what has torch
-# unpickle anything, although it was told `weights_only`.
+# unpickle anything where a library does not say `weights_only`.
 _OVERRULING = (
     "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
     *("ATEN_CPU_CAPABILITY", "DNNL_*", "ONEDNN_*", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE"),

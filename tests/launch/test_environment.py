@@ -50,6 +50,7 @@ NEEDED = {
     "https_proxy": "http://proxy:3128",
     "AWS_PROFILE": "store",
     "LC_TIME": "C",
+    "BASH_FUNC_module%%": "() {  :\n}",  # `module load` in launch.setup
 }
 
 
