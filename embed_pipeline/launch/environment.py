@@ -67,16 +67,7 @@ _LAUNCHERS_OWN = (ERROR_FILE_VARIABLE, "DAGSTER_PIPES_*", "EMBED_PIPELINE_*")
 # What steers the libraries: numerics, number of processes, code that is run. Not complete, nor need it be: what is not
 # passed on steers nothing. It decides what a person is told, and what `launch.environment` may not name.
 STEERING = (
-    *(
-        "ACCELERATE_*",
-        "PET_*",
-        "FSDP_*",
-        "DEEPSPEED_*",
-        "MEGATRON_*",
-        "PARALLELISM_CONFIG_*",
-        "SM_*",
-        "SMDATAPARALLEL_*",
-    ),
+    *("ACCELERATE_*", "PET_*", "FSDP_*", "DEEPSPEED_*", "MEGATRON_*", "PARALLELISM_CONFIG_*", "SM_*"),
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMPI_*", "PMI_*", "PMIX_*", "MV2_*"),
     *("TORCH*", "PYTORCH_*", "ATEN_*", "AOT*", "XLA_*", "PJRT_*", "USE_TORCH_XLA", "USE_TF", "USE_LIBUV", "TRITON_*"),
