@@ -19,9 +19,9 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from embed_pipeline.launch.ending import run_and_leave
-from embed_pipeline.launch.environment import ERROR_FILE_VARIABLE, keep_to_job_environment
+from embed_pipeline.launch.environment import keep_to_job_environment
 from embed_pipeline.launch.heartbeat import BEAT_SECONDS, HEARTBEAT_VARIABLE, Listener
-from embed_pipeline.launch.local import leave_error, meaning_of, minutes_waited
+from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, leave_error, meaning_of, minutes_waited
 
 
 def main(arguments: list[str]) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 
 logger = logging.getLogger(__name__)
 
-ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
-# The names in `launch.environment`, for whoever starts a part of the job on another machine.
+# The names in `launch.environment`, for whoever starts a part of the job on another machine. There a person may set it
+# as well, for what `embed-pipeline join` takes part in.
 NAMED_VARIABLE = "EMBED_PIPELINE_JOB_VARIABLES"
 
 # A name that ends with * stands for all that begin so.
@@ -62,7 +62,7 @@ PASSED_ON = (
 # Within those: another program's run, which this job is no part of.
 _NOT_PASSED_ON = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "SBATCH_EXPORT")
 # What a launcher sets, and no surrounding program may.
-_LAUNCHERS_OWN = (ERROR_FILE_VARIABLE, "DAGSTER_PIPES_*", "EMBED_PIPELINE_*")
+_LAUNCHERS_OWN = ("TORCHELASTIC_ERROR_FILE", "DAGSTER_PIPES_*", "EMBED_PIPELINE_*")
 
 # What steers the libraries: numerics, number of processes, code that is run. Not complete, nor need it be: what is not
 # passed on steers nothing. It decides what a person is told, and what `launch.environment` may not name.
@@ -91,10 +91,10 @@ def job_environment(own: Mapping[str, str]) -> dict[str, str]:
     `launch.environment` adds under NAMED_VARIABLE. Tells what would have steered the job, by its name alone: a value
     may be a secret.
     """
-    named = _named(own)
+    named = _named({**os.environ, **own})
     kept = {name: value for name, value in os.environ.items() if _is_passed_on(name, named)}
     _tell(name for name in os.environ if name not in kept and name not in own)
-    return {**kept, **own}
+    return {**kept, **own, **({NAMED_VARIABLE: ",".join(sorted(named))} if named else {})}
 
 
 def keep_to_job_environment() -> None:

@@ -19,11 +19,12 @@ import psutil
 
 from embed_pipeline import errors
 from embed_pipeline.errors import TrainingError
-from embed_pipeline.launch.environment import ERROR_FILE_VARIABLE, job_environment
+from embed_pipeline.launch.environment import job_environment
 
 # What ends a training that did nothing wrong: it was preempted, others took the memory, a connection was lost.
 PASSING_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 PASSING_ERRORS = ("ConnectionError", "ConnectionResetError", "TimeoutError", "DistNetworkError", "SignalException")
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 # More than torchrun's own --shutdown-timeout, so that it can end its workers itself; what is left is gone KILL_SECONDS
 # later. With what a tracked run then takes (`tracking.runs`) a cancel is over within 15 seconds, with time to spare.
 TERMINATE_SECONDS = 7.0

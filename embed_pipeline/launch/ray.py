@@ -15,9 +15,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from embed_pipeline.launch.environment import ERROR_FILE_VARIABLE
 from embed_pipeline.launch.heartbeat import HEARTBEAT_VARIABLE, Heart
-from embed_pipeline.launch.local import leave_error
+from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, leave_error
 from embed_pipeline.launch.torchrun import torchrun_command
 from embed_pipeline.settings import LaunchSettings
 
