@@ -914,6 +914,11 @@ class LaunchSettings(Settings):
         description='slurm: options of sbatch by their long names, e.g. {partition: gpu, time: "12:00:00", mem: 64G}',
     )
     setup: str = Field("", description="slurm: shell lines before the job, e.g. module load cuda")
+    environment: tuple[str, ...] = Field(
+        (),
+        description="names of variables that jobs are given besides those listed in docs/jobs.md, e.g. one that a "
+        "model's own code reads; their values are no part of a version",
+    )
 
     @property
     def elsewhere(self) -> bool:
@@ -977,6 +982,12 @@ class PipelineSettings(Settings):
         "auto",
         description="that encode, score and search for mining and evaluation; auto: one on a CPU, one per visible GPU "
         "otherwise. Started where they save more than their start costs; results are the same",
+    )
+    retrain_after_library_upgrade: bool = Field(
+        False,
+        description="another version of torch, transformers, sentence-transformers or FlagEmbedding makes the models "
+        "and what they compute anew (as does switching this on); off: it is told, by the assets and by "
+        "`embed-pipeline check`",
     )
     source: SourceSettings
     extra_sources: tuple[ExtraSourceSettings, ...] = ()
