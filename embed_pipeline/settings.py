@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 import re
+import urllib.parse
 import zoneinfo
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -1044,7 +1045,9 @@ class LaunchSettings(Settings):
     gpus_per_node: int | None = Field(
         None, ge=1, le=1_024, description="slurm, ray: asked for; nproc_per_node: auto is one process for each of them"
     )
-    address: str | None = Field(None, description="ray: of its dashboard, e.g. http://head:8265")
+    address: str | None = Field(
+        None, description="ray: of its dashboard, e.g. http://head:8265; unset: RAY_ADDRESS, which may hold a password"
+    )
     sbatch: dict[str, str | int] = Field(
         default_factory=dict,
         description='slurm: options of sbatch by their long names, e.g. {partition: gpu, time: "12:00:00", mem: 64G}',
@@ -1075,13 +1078,23 @@ class LaunchSettings(Settings):
             if self.nnodes < 2:
                 raise ValueError("launch.kind nodes needs `nnodes`: how many machines take part, 2 or more")
             host, _, port = (self.rdzv_endpoint or "").rpartition(":")
-            if not host or not port.isdecimal():
+            if not host or not port.isdecimal() or not 1 <= int(port) <= 65_535:
                 raise ValueError(
                     f"launch.kind nodes needs `rdzv_endpoint`, host:port of this machine, e.g. 10.0.0.1:29400; found "
                     f"{self.rdzv_endpoint!r}"
                 )
-        if self.kind == "ray" and self.address is None:
-            raise ValueError("launch.kind ray needs `address`, of the cluster's dashboard, e.g. http://head:8265")
+        if self.address is not None and not _is_dashboard(self.address):
+            raise ValueError(
+                "launch.address: expected the address of the cluster's dashboard, such as http://head:8265, without "
+                "user or password: it is published. Where it needs them, leave it out and set RAY_ADDRESS"
+            )
+        for key, value in self.sbatch.items():
+            if re.fullmatch(r"-{0,2}[A-Za-z][A-Za-z0-9-]*", key) is None:
+                raise ValueError("launch.sbatch: expected long names of sbatch's options as keys, such as partition")
+            if any(not character.isprintable() for character in str(value)):
+                raise ValueError(
+                    f"launch.sbatch.{key}: expected one line of text; found a line break or control character"
+                )
         if own := sorted(SBATCH_OWN & {key.lstrip("-") for key in self.sbatch}):
             raise ValueError(f"launch.sbatch: {', '.join(own)} are set by the pipeline itself. Leave them out")
         return self
@@ -1332,6 +1345,16 @@ def _capped(settings: Settings, most: dict[str, int]) -> dict[str, Any]:
     """The settings with each number lowered to what it may be at most; unset means without a limit."""
     given = settings.model_dump()
     return {**given, **{key: cap if given[key] is None else min(given[key], cap) for key, cap in most.items()}}
+
+
+def _is_dashboard(address: str) -> bool:
+    try:
+        found = urllib.parse.urlsplit(address)
+        return (
+            found.scheme in ("http", "https") and bool(found.hostname) and "@" not in found.netloc and found.port != 0
+        )
+    except ValueError:  # no such port
+        return False
 
 
 def _kind_of(source: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Protocol
 from embed_pipeline.errors import ConfigurationError
 from embed_pipeline.launch.local import run_local
 from embed_pipeline.launch.nodes import lead
-from embed_pipeline.launch.ray import ray_command
+from embed_pipeline.launch.ray import cluster_address, ray_command
 from embed_pipeline.launch.slurm import slurm_command
 from embed_pipeline.launch.torchrun import torchrun_command
 from embed_pipeline.settings import LaunchSettings
@@ -46,6 +46,11 @@ def check_site(launch: LaunchSettings) -> None:
             "launch.kind ray needs the package ray, which this environment does not have. Install it: pip install "
             "--constraint constraints.txt --editable '.[ray]'"
         )
+    if launch.kind == "ray" and launch.address is None and not cluster_address():
+        raise ConfigurationError(
+            "launch.kind ray needs `address`, of the cluster's dashboard, e.g. http://head:8265, or the environment "
+            "variable RAY_ADDRESS"
+        )
 
 
 def launch_job(
@@ -74,6 +79,7 @@ def launch_job(
         command = slurm_command(job.entry_point, job_file, job.world_size, launch, checkpoints)
     elif launch.kind == "ray":
         command = ray_command(job.entry_point, job_file, job.world_size, launch, env)
+        env = {**env, **cluster_address()}  # for who submits, not for the job
     else:
         command = torchrun_command(job.entry_point, job_file, job.world_size, max_restarts=launch.max_restarts)
     run_local(command, env=env, error_file=error_file, on_poll=on_poll)
