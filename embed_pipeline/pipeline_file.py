@@ -63,6 +63,10 @@ class Document:
             key = key[:-1]
         return f"{self.file}:{self.lines.get(key, 1)}"
 
+    def at_named(self, message: str) -> str:
+        """`at` the key that a message begins with: 'source.path: no such file'."""
+        return self.at(_named_in(message, (), self))
+
     def stands(self, key: Key) -> bool:
         return ("attributes", *key) in self.lines
 
@@ -77,9 +81,18 @@ def files_below(folder: Path) -> Iterator[Path]:
     if (file := file_in(folder)) is not None:
         yield file
         return
-    for child in sorted(folder.iterdir()):
-        if child.is_dir() and not child.name.startswith(".") and child.name != "__pycache__":
+    for child in children_of(folder):
+        if child.is_dir():
             yield from files_below(child)
+
+
+def children_of(folder: Path) -> list[Path]:
+    """What Dagster looks at in a folder, by name; nothing in one that cannot be read."""
+    try:
+        found = sorted(folder.iterdir())
+    except OSError:
+        return []
+    return [child for child in found if not child.name.startswith(".") and child.name != "__pycache__"]
 
 
 def read_documents(file: Path) -> list[Document]:
@@ -304,7 +317,7 @@ def _problems(error: ValidationError, document: Document) -> list[str]:
 
 def _named_in(message: str, key: Key, document: Document) -> Key:
     """`key`, or the deeper one that a message on several keys begins with: 'embedder.arguments: ...'."""
-    if match := re.match(r"`?([a-z_0-9]+(?:\.[a-z_0-9]+)*)`?[:\s]", message):
+    if match := re.match(r"`?([a-z_0-9]+(?:\.[a-z_0-9]+)*)(?:\[\d+\][\w.]*)?`?[:\s]", message):
         deeper = (*key, *match[1].split("."))
         if document.stands(deeper):
             return deeper
