@@ -19,7 +19,7 @@ import dagster as dg
 from embed_pipeline.artifacts import local_folder
 from embed_pipeline.errors import ConfigurationError
 from embed_pipeline.orchestration.broken import Broken, placeholder
-from embed_pipeline.pipeline_file import children_of, file_in, files_below, read_documents, same_names
+from embed_pipeline.pipeline_file import Document, children_of, file_in, files_below, read_documents, same_names
 
 # Dagster warns of its own use of a beta parameter, in every process, whenever an asset check is defined.
 warnings.filterwarnings("ignore", message="Parameter `execution_type`", category=dg.BetaWarning)
@@ -82,21 +82,24 @@ class _Loaded:
 
 def _load(folders: list[Path], names: Mapping[Path, str] | None = None) -> _Loaded:
     files = [file for folder in folders for file in files_below(folder)]
-    problems = same_names(files)
+    read: dict[Path, list[Document]] = {}
+    problems: dict[Path, str] = {}
     for file in files:
         try:
-            read_documents(file)
+            read[file] = read_documents(file)
         except ConfigurationError as error:
             problems[file] = str(error)
+    problems |= same_names(read)
     loaded = _Loaded([], [Broken(file, problems[file]) for file in files if file in problems], [])
     for number, folder in enumerate(folders):
         if not _holds_definitions(folder):
             logger.warning("no pipeline in %s: it holds no <pipeline>/defs.yaml", folder)
         name = (names or {}).get(folder, f"embed_pipeline_defs_{number}")
         _load_around(folder, name, problems, loaded, _project if folder == SHIPPED else None)
-    for file in files:
-        if file not in {one.file for one in loaded.broken}:
-            loaded.pipelines.extend(document.name for document in read_documents(file) if document.name)
+    broken = {one.file for one in loaded.broken}
+    for file, documents in read.items():
+        if file not in broken:
+            loaded.pipelines.extend(document.name for document in documents if document.name)
     return loaded
 
 

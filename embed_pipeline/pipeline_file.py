@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from embed_pipeline.errors import ConfigurationError
 from embed_pipeline.masking import without_password
-from embed_pipeline.settings import PIPELINE_NAME, PipelineSettings
+from embed_pipeline.settings import LONGEST_NAME, PIPELINE_NAME, PipelineSettings
 
 FILE_NAMES = ("defs.yaml", "defs.yml", "component.yaml")  # in the order in which Dagster looks for them
 COMPONENT_TYPES = ("embed_pipeline.RetrievalPipeline", "embed_pipeline.orchestration.component.RetrievalPipeline")
@@ -53,7 +53,7 @@ class Document:
         given = self.attributes.get("name")
         if isinstance(given, str):
             given = _ENVIRONMENT.sub(lambda match: os.environ.get(match[1], match[0]), given)
-            return given if re.fullmatch(PIPELINE_NAME, given) else None
+            return given if re.fullmatch(PIPELINE_NAME, given) and len(given) <= LONGEST_NAME else None
         return None
 
     def at(self, key: Key = ()) -> str:
@@ -141,24 +141,19 @@ def settings_of(document: Document) -> PipelineSettings:
         raise ConfigurationError("\n".join(_problems(error, document))) from None
 
 
-def same_names(files: Sequence[Path]) -> dict[Path, str]:
-    """For each readable file whose pipeline has the name of another's: what is wrong."""
-    named: dict[str, list[Path]] = {}
-    for file in files:
-        try:
-            documents = read_documents(file)
-        except ConfigurationError:
-            continue
-        for document in documents:
-            if document.is_pipeline and document.name is not None:
-                named.setdefault(document.name, []).append(file)
+def same_names(read: Mapping[Path, Sequence[Document]]) -> dict[Path, str]:
+    """For each file with a pipeline that has the name of another's: what is wrong."""
+    named: dict[str, list[Document]] = {}
+    for document in (document for documents in read.values() for document in documents):
+        if document.is_pipeline and document.name is not None:
+            named.setdefault(document.name, []).append(document)
     return {
-        file: f"{file}: the pipeline's name '{name}' is also that of "
-        f"{', '.join(str(other) for other in others[:i] + others[i + 1 :])}. "
-        "Both would write into one folder of the store: give each a name of its own"
-        for name, others in named.items()
-        if len(others) > 1
-        for i, file in enumerate(others)
+        document.file: f"{document.at(('name',))}: name: '{name}' is also the name at "
+        f"{', '.join(other.at(('name',)) for other in documents if other is not document)}. They would write into one "
+        "folder of the store: give each a name of its own"
+        for name, documents in named.items()
+        if len(documents) > 1
+        for document in documents
     }
 
 
@@ -216,8 +211,14 @@ def _documents(text: str, file: Path) -> Iterator[Document]:
                 raise ConfigurationError(f"{where}: the document is empty. Expected `type` and `attributes`")
             if not isinstance(value, dict):
                 raise ConfigurationError(f"{where}: expected the keys `type` and `attributes`; found no keys at all")
-            if not isinstance(value.get("type"), str):
+            component = value.get("type")
+            if not isinstance(component, str):
                 raise ConfigurationError(f"{where}: `type` is missing. Expected `type: {COMPONENT_TYPES[0]}`")
+            if component.startswith("embed_pipeline.") and component not in COMPONENT_TYPES:
+                raise ConfigurationError(
+                    f"{file}:{lines['type',]}: there is no component '{component}'. Expected `type: "
+                    f"{COMPONENT_TYPES[0]}`"
+                )
             yield Document(file, value, lines)
     finally:
         loader.dispose()

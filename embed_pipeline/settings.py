@@ -50,7 +50,8 @@ Scheduler = Literal[
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PIPELINE_NAME = r"[a-z][a-z0-9_]*"
 # Part of names of folders, jobs and registered models, of which the longest parts that are added leave so much.
-Name = Annotated[str, Field(pattern=f"^{PIPELINE_NAME}$", max_length=64)]
+LONGEST_NAME = 64
+Name = Annotated[str, Field(pattern=f"^{PIPELINE_NAME}$", max_length=LONGEST_NAME)]
 MOST_ROWS = 1_000_000_000
 MOST_TOKENS = 1_048_576  # of a text
 
@@ -119,27 +120,27 @@ class Settings(BaseModel):
         for key, value in given.items():
             if (other := told.setdefault(allowed[key], key)) != key:
                 raise ValueError(f"`{other}` and `{key}` are two names of one key. Leave one out")
-            if problem := _unfit(value):
-                raise ValueError(f"{key}: {problem}")
+            if problem := _unfit(value, key):
+                raise ValueError(problem)
         return given
 
 
-def _unfit(value: Any) -> str | None:
-    """Why a value that was given, or one inside of it, can stand in no settings."""
+def _unfit(value: Any, where: str) -> str | None:
+    """Why a value that was given at `where`, or one inside of it, can stand in no settings."""
     if isinstance(value, Mapping):
-        return next((told for item in (*value, *value.values()) if (told := _unfit(item))), None)
+        return next((told for key, item in value.items() if (told := _unfit(item, f"{where}.{key}"))), None)
     if isinstance(value, list | tuple):
-        return next((told for item in value if (told := _unfit(item))), None)
+        return next((told for i, item in enumerate(value) if (told := _unfit(item, f"{where}[{i}]"))), None)
     if isinstance(value, float) and not math.isfinite(value):
-        return f"found {value}, expected a finite number. Leave the key out, or write null, for no limit"
+        return f"{where}: found {value}, expected a finite number. For no limit leave the key out, or write null"
     if not isinstance(value, str):
         return None
-    if "\0" in value or (not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value)):
-        return "the text holds a zero character or half of a surrogate pair. Expected Unicode text"
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        return f"{where}: the text holds a zero character or half of a surrogate pair. Expected Unicode text"
     if secret := secret_in(value):
         return (
-            f"the text holds {secret}, and settings are published with every version. Leave it to the environment of "
-            "Dagster (such as HF_TOKEN, MLFLOW_TRACKING_URI or RAY_ADDRESS)"
+            f"{where}: the text holds {secret}, and settings are published with every version. Leave it to the "
+            "environment of Dagster (such as HF_TOKEN, MLFLOW_TRACKING_URI or RAY_ADDRESS)"
         )
     return None
 

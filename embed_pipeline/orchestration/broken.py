@@ -35,7 +35,10 @@ class Broken:
             seen.add(id(inner))
         readable = [one for one in chain if isinstance(one, UserError)]
         told = str(readable[0]) if readable else f"{type(chain[-1]).__name__}: {chain[-1]}"
-        return cls(file, without_password(told if str(file) in told else f"{file}: {told}"))
+        if str(file) not in told:
+            documents = cls(file, told)._documents()
+            told = f"{documents[0].at_named(told) if len(documents) == 1 else file}: {told}"
+        return cls(file, without_password(told))
 
     def name(self, taken: Sequence[str] = ()) -> str:
         """The pipeline's name where it can be read, else that of its folder, made different from those in `taken`."""
