@@ -182,7 +182,7 @@ def _text_of(file: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain types, without three surprises of YAML 1.1: dates, 12:30 as a number, and 1e-5 as text."""
+    """YAML's plain types, without the surprises of YAML 1.1: dates, 12:30 and 007 as numbers, and 1e-5 as text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":int", ":float"))]
@@ -190,7 +190,7 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-_INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0o?[0-7_]+|(?:0|[1-9][0-9_]*))$")
+_INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0o[0-7_]+|(?:0|[1-9][0-9_]*))$")
 _FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$")
 _INFINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
@@ -308,8 +308,12 @@ def _problems(error: ValidationError, document: Document) -> list[str]:
         found = one["input"]
         if isinstance(found, int | float) and not isinstance(found, bool):
             message += f"; found {found}"  # a number that is out of bounds: no secret, and what to look for
+        deeper = _named_in(message, key, document)
+        named, _, rest = message.partition(": ")
+        if key and deeper[len(key) :] and _dotted(deeper[len(key) :]) == named:  # of `hub`: 'embedder: expected ...'
+            key, message = deeper, rest
         shown = f"{_dotted(key)}: " if key and not message.startswith(_dotted(key)) else ""
-        told.setdefault((document.at(_named_in(message, key, document)), shown), []).append(message)
+        told.setdefault((document.at(deeper), shown), []).append(message)
     return [
         without_password(f"{where}: {shown}{', or '.join(dict.fromkeys(messages))}")
         for (where, shown), messages in told.items()

@@ -1013,7 +1013,7 @@ class HubSettings(Settings):
         for key in ("embedder", "reranker"):
             repository = getattr(self, key)
             if repository is not None and repository.count("/") != 1:
-                raise ValueError(f"hub.{key}: expected owner/name; found {repository!r}")
+                raise ValueError(f"{key}: expected owner/name")
         if self.embedder is None and self.reranker is None:
             raise ValueError("hub: name a repository under `embedder`, `reranker` or both")
         return self
@@ -1079,10 +1079,9 @@ class LaunchSettings(Settings):
             if self.nnodes < 2:
                 raise ValueError("launch.kind nodes needs `nnodes`: how many machines take part, 2 or more")
             host, _, port = (self.rdzv_endpoint or "").rpartition(":")
-            if not host or not port.isdecimal() or not 1 <= int(port) <= 65_535:
+            if not host or "@" in host or not port.isdecimal() or not 1 <= int(port) <= 65_535:
                 raise ValueError(
-                    f"launch.kind nodes needs `rdzv_endpoint`, host:port of this machine, e.g. 10.0.0.1:29400; found "
-                    f"{self.rdzv_endpoint!r}"
+                    "launch.kind nodes needs `rdzv_endpoint`, host:port of this machine, e.g. 10.0.0.1:29400"
                 )
         if self.address is not None and not _is_dashboard(self.address):
             raise ValueError(
