@@ -389,8 +389,19 @@ def _loss_arguments(kind: ModelKind) -> dict[str, dict[str, str | None]]:
 
 
 def _arguments_of(function: ast.FunctionDef) -> dict[str, str | None]:
-    arguments = [*function.args.args, *function.args.kwonlyargs]
-    return {one.arg: ast.unparse(one.annotation) if one.annotation else None for one in arguments}
+    """Argument -> annotation, or else the type of its default; None where neither tells."""
+    told, arguments = function.args, [*function.args.args, *function.args.kwonlyargs]
+    defaults = [*([None] * (len(told.args) - len(told.defaults))), *told.defaults, *told.kw_defaults]
+    return {
+        one.arg: ast.unparse(one.annotation) if one.annotation else _type_of(default)
+        for one, default in zip(arguments, defaults, strict=True)
+    }
+
+
+def _type_of(default: ast.expr | None) -> str | None:
+    if not isinstance(default, ast.Constant) or default.value is None:
+        return None
+    return "float" if type(default.value) is int else type(default.value).__name__
 
 
 def _is_text(node: ast.expr) -> bool:
