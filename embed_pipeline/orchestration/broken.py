@@ -119,7 +119,7 @@ def _silent_sensor(name: str, job: str, broken: Broken) -> dg.SensorDefinition:
 def _silent_schedule(name: str, job: str, broken: Broken, asked: Mapping[str, Any]) -> dg.ScheduleDefinition:
     """At the time that the YAML asks for; where that cannot be, once a night."""
 
-    def tick() -> dg.SkipReason:
+    def tick(_: dg.ScheduleEvaluationContext) -> dg.SkipReason:
         return dg.SkipReason(broken.reason)
 
     def at(cron: str, timezone: str) -> dg.ScheduleDefinition:
