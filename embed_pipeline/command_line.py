@@ -17,6 +17,7 @@ from embed_pipeline.champions import Champion, Promotion, models_of, read_histor
 from embed_pipeline.errors import UserError
 from embed_pipeline.launch.nodes import NODES_FOLDER, join
 from embed_pipeline.libraries import COMPUTED, LIBRARIES_OF_MODELS, upgrades_since
+from embed_pipeline.masking import without_password
 from embed_pipeline.tables import source_folder
 from embed_pipeline.training.job import MODEL_FOLDER
 
@@ -244,7 +245,7 @@ def replay_metrics(pipeline: str) -> None:
     """
     from embed_pipeline.tracking.delivery import replay
     from embed_pipeline.tracking.journal import waiting
-    from embed_pipeline.tracking.server import tracking_uri, without_password
+    from embed_pipeline.tracking.server import tracking_uri
 
     store = _store(pipeline)
     before = waiting(store.folder)

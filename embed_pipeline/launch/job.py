@@ -12,7 +12,7 @@ from embed_pipeline.errors import ConfigurationError
 from embed_pipeline.launch.environment import NAMED_VARIABLE, problem_with
 from embed_pipeline.launch.local import run_local
 from embed_pipeline.launch.nodes import lead
-from embed_pipeline.launch.ray import ray_command
+from embed_pipeline.launch.ray import cluster_address, ray_command
 from embed_pipeline.launch.slurm import slurm_command
 from embed_pipeline.launch.torchrun import torchrun_command
 from embed_pipeline.settings import LaunchSettings
@@ -49,6 +49,11 @@ def check_site(launch: LaunchSettings) -> None:
         raise ConfigurationError(
             "launch.kind ray needs the package ray, which this environment does not have. Install it: pip install "
             "--constraint constraints.txt --editable '.[ray]'"
+        )
+    if launch.kind == "ray" and launch.address is None and not cluster_address():
+        raise ConfigurationError(
+            "launch.kind ray needs `address`, of the cluster's dashboard, e.g. http://head:8265, or the environment "
+            "variable RAY_ADDRESS"
         )
 
 

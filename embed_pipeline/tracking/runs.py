@@ -16,6 +16,7 @@ from typing import Any
 
 from embed_pipeline.artifacts import Artifact, PipelineStore
 from embed_pipeline.errors import TrackingError
+from embed_pipeline.masking import without_password
 from embed_pipeline.settings import TrackingSettings
 from embed_pipeline.tracking.delivery import (
     CLOSE_SECONDS,
@@ -32,7 +33,7 @@ from embed_pipeline.tracking.metrics import (
     SystemMetrics,
     valid_name,
 )
-from embed_pipeline.tracking.server import fail_in_seconds, tracking_uri, ui_address, without_password
+from embed_pipeline.tracking.server import fail_in_seconds, tracking_uri, ui_address
 
 logger = logging.getLogger(__name__)
 
