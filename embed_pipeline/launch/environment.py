@@ -144,7 +144,8 @@ def _one_of(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _tell(left_out: Iterable[str]) -> None:
-    steering, others = [], []
+    steering: list[str] = []
+    others: list[str] = []
     for name in sorted(left_out):
         (steering if _one_of(name, STEERING) else others).append(name)
     if steering:
