@@ -146,7 +146,8 @@ def _one_of(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _tell(left_out: Iterable[str]) -> None:
-    steering, others = [], []
+    steering: list[str] = []
+    others: list[str] = []
     for name in sorted(left_out):
         # Images of containers say so what is installed in them.
         is_label = name.endswith("_VERSION")
