@@ -73,7 +73,9 @@ STEERING = (
     *("TORCH*", "PYTORCH_*", "ATEN_*", "AOT*", "XLA_*", "PJRT_*", "USE_TORCH_XLA", "USE_TF", "USE_LIBUV", "TRITON_*"),
     *("TRANSFORMERS_*", "USE_HUB_KERNELS", "TRUST_REMOTE_CODE", "FLASH_ATTENTION_*", "HCCL_*"),
     *("MKL_*", "DNNL_*", "ONEDNN_*", "OMP_*", "KMP_*", "GOMP_*", "OPENBLAS_*"),
-    *("CUDA_*", "CUBLAS_*", "CUBLASLT_*", "CUDNN_*", "NVIDIA_*", "PYTHON*", "LD_*", "DYLD_*"),
+    *("NVIDIA_TF32_OVERRIDE", "CUDA_FORCE_*", "CUDA_DISABLE_*", "CUBLAS_*", "CUBLASLT_*", "CUDNN_*", "LD_*", "DYLD_*"),
+    *("PYTHONSTARTUP", "PYTHONOPTIMIZE", "PYTHONINSPECT", "PYTHONHASHSEED", "PYTHONDEVMODE", "PYTHONMALLOC"),
+    *("PYTHONBREAKPOINT", "PYTHONINTMAXSTRDIGITS", "PYTHON_GIL", "PYTHON_JIT", "PYTHON_CPU_COUNT"),
 )
 # Of those, what changes the numbers of the process that it stands in, whatever is asked of torch; and what has torch
 # unpickle anything where a library does not say `weights_only`.
@@ -147,7 +149,9 @@ def _tell(left_out: Iterable[str]) -> None:
     steering: list[str] = []
     others: list[str] = []
     for name in sorted(left_out):
-        (steering if _one_of(name, STEERING) else others).append(name)
+        # Images of containers say so what is installed in them.
+        is_label = name.endswith("_VERSION")
+        (steering if _one_of(name, STEERING) and not is_label else others).append(name)
     if steering:
         logger.warning(
             "not passed on, because it would change what is computed: %s. What a job does stands in the YAML alone",

@@ -85,7 +85,8 @@ def read_shares(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     def mapped(name: str, share: int) -> np.ndarray:
         return np.load(folder / name.format(share), mmap_mode="r", allow_pickle=False)
 
-    return [tuple(mapped(name, share) for name in _SHARE_FILES) for share in range(count)]
+    indices, scores = _SHARE_FILES
+    return [(mapped(indices, share), mapped(scores, share)) for share in range(count)]
 
 
 def merge_shares(shares: Sequence[tuple[np.ndarray, np.ndarray]], top_k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -42,6 +42,9 @@ FOREIGN = {
     "MLFLOW_RUN_ID": "secret-of-another",
     "DAGSTER_PIPES_CONTEXT": "secret-of-another",
     "COMPANY_SETTING": "secret-of-the-company",
+    "CUDNN_VERSION": "9",
+    "PYTHON_VERSION": "3",
+    "NVIDIA_REQUIRE_CUDA": "cuda>=12",
 }
 NEEDED = {
     "CUDA_VISIBLE_DEVICES": "1,0",
@@ -83,7 +86,9 @@ def test_ranks_are_given_what_they_need_and_nothing_that_steers_them(
     [told] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     for name in ("ACCELERATE_MIXED_PRECISION", "PET_NNODES", "WORLD_SIZE", "ONEDNN_DEFAULT_FPMATH_MODE"):
         assert name in told
-    assert "COMPANY_SETTING" not in told  # steers no library
+    # What steers no library, and what an image of a container says of itself.
+    for name in ("COMPANY_SETTING", "CUDNN_VERSION", "PYTHON_VERSION", "NVIDIA_REQUIRE_CUDA"):
+        assert name not in told
     assert "bf16" not in caplog.text
     assert "secret" not in caplog.text
 
