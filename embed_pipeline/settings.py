@@ -7,12 +7,14 @@ when definitions load, before any work. This module imports neither torch nor da
 from __future__ import annotations
 
 import difflib
+import ipaddress
+import re
 import zoneinfo
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from embed_pipeline.library_arguments import check_arguments
 from embed_pipeline.losses import (
@@ -886,6 +888,28 @@ class HubSettings(Settings):
         return self
 
 
+def _check_network(network: str) -> str:
+    """`network` itself; raises ValueError unless it can be the name of an interface, or is a network like 10.0.0.0/24."""
+    if "/" in network:
+        found = ipaddress.ip_network(network, strict=False)
+        if found.prefixlen == 0:
+            raise ValueError(f"{network} is every network. Name the one that the nodes share, e.g. 10.0.0.0/24")
+        return network
+    try:
+        address = ipaddress.ip_address(network)
+    except ValueError:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", network):
+            raise ValueError(
+                f"{network!r} is neither a network (10.0.0.0/24) nor the name of an interface (eth0)"
+            ) from None
+        return network
+    raise ValueError(f"{network} is an address. Name the network that the nodes share, e.g. {address}/24")
+
+
+# What `launch.network` may be.
+Network = Annotated[str, AfterValidator(_check_network)]
+
+
 class LaunchSettings(Settings):
     """Where the jobs of a pipeline run. Their code and their results are the same everywhere."""
 
@@ -895,8 +919,10 @@ class LaunchSettings(Settings):
         "an allocation of a Slurm cluster; ray: on one node of a Ray cluster",
     )
     nnodes: int = Field(1, ge=1, description="nodes, slurm: machines that take part, this one included for nodes")
-    rdzv_endpoint: str | None = Field(
-        None, description="nodes: host:port of this machine, as the others reach it; torchrun meets there"
+    network: Network | None = Field(
+        None,
+        description="nodes, slurm: the network between the machines, as addresses (10.0.0.0/24) or the name that an "
+        "interface has on each (eth0); gloo and NCCL use no other. Needed where there are several nodes",
     )
     wait_minutes: float = Field(15.0, gt=0, description="nodes: a job fails when the others have not joined by then")
     max_restarts: int = Field(
@@ -924,7 +950,7 @@ class LaunchSettings(Settings):
     def _keys_of_this_kind(self) -> LaunchSettings:
         belong = {
             "nnodes": ("nodes", "slurm"),
-            "rdzv_endpoint": ("nodes",),
+            "network": ("nodes", "slurm"),
             "wait_minutes": ("nodes",),
             "gpus_per_node": ("slurm", "ray"),
             "address": ("ray",),
@@ -935,15 +961,14 @@ class LaunchSettings(Settings):
             default = type(self).model_fields[key].get_default(call_default_factory=True)
             if self.kind not in kinds and getattr(self, key) != default:
                 raise ValueError(f"`{key}` belongs to launch.kind {' or '.join(kinds)}, not to {self.kind}")
-        if self.kind == "nodes":
-            if self.nnodes < 2:
-                raise ValueError("launch.kind nodes needs `nnodes`: how many machines take part, 2 or more")
-            host, _, port = (self.rdzv_endpoint or "").rpartition(":")
-            if not host or not port.isdecimal():
-                raise ValueError(
-                    f"launch.kind nodes needs `rdzv_endpoint`, host:port of this machine, e.g. 10.0.0.1:29400; found "
-                    f"{self.rdzv_endpoint!r}"
-                )
+        if self.kind == "nodes" and self.nnodes < 2:
+            raise ValueError("launch.kind nodes needs `nnodes`: how many machines take part, 2 or more")
+        if self.nnodes > 1 and self.network is None:
+            raise ValueError(
+                f"launch.kind {self.kind} with {self.nnodes} nodes needs `network`: the network that they share, e.g. "
+                "10.0.0.0/24, or the name of their interface to it, e.g. eth0. What they exchange is neither "
+                "encrypted nor authenticated, so it should be a network of their own"
+            )
         if self.kind == "ray" and self.address is None:
             raise ValueError("launch.kind ray needs `address`, of the cluster's dashboard, e.g. http://head:8265")
         if own := sorted(SBATCH_OWN & {key.lstrip("-") for key in self.sbatch}):
