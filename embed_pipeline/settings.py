@@ -889,7 +889,7 @@ class HubSettings(Settings):
 
 
 def _check_network(network: str) -> str:
-    """`network` itself; raises ValueError unless it can be the name of an interface, or is a network like 10.0.0.0/24."""
+    """Raises ValueError unless `network` is one (10.0.0.0/24), or can be the name of an interface."""
     if "/" in network:
         found = ipaddress.ip_network(network, strict=False)
         if found.prefixlen == 0:

@@ -18,15 +18,14 @@ _VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
 LOOPBACK = "127.0.0.0/8"
 
 
-def bind_to(network: str) -> str:
-    """Have gloo and NCCL, in this process and its children, use this machine's interface in `network`; returns its name.
+def bind_to(network: str) -> None:
+    """Have gloo and NCCL use this machine's interface in `network`, in this process and its children.
 
     Raises TrainingError where no interface, or more than one, is in that network.
     """
     interface = interface_in(network)
     for variable, before in _VARIABLES.items():
         os.environ[variable] = before + interface
-    return interface
 
 
 def interface_in(network: str) -> str:
