@@ -11,7 +11,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -23,6 +22,7 @@ from embed_pipeline.errors import TrainingError
 from embed_pipeline.launch.job import Site, launch_job
 from embed_pipeline.settings import LaunchSettings
 from embed_pipeline.training.job import TrainingJob
+from tests.joined_node import joined
 from tests.listening import LOOPBACK, watched
 
 # What a launching machine does; a training that lost a node is launched again, as Dagster's retry would.
@@ -60,22 +60,6 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.sched_setaffinity(0, {min(before)})
     yield
     os.sched_setaffinity(0, before)
-
-
-@contextmanager
-def joined(store: Path, log: Path, *before: str) -> Iterator[psutil.Popen]:
-    """`embed-pipeline join`, as a service of another machine would run it."""
-    command = [*before, str(Path(sys.executable).with_name("embed-pipeline")), "join", "shop"]
-    with log.open("a") as file:
-        process = psutil.Popen(
-            command, env={**os.environ, "EMBED_PIPELINE_STORE": str(store)}, stdout=file, stderr=file
-        )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-        process.wait(30)
 
 
 def undisturbed(job_of: Callable[..., TrainingJob], folder: Path, **settings: object) -> Trained:
