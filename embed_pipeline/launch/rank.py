@@ -64,12 +64,19 @@ def take_place(world_size: int) -> Place:
 def meet(place: Place, timeout: timedelta) -> None:
     """Form the process group of a training, before a library does it over a port that all the network can reach.
 
-    One process on a CPU needs none. From here on no rank unpickles what another sends.
+    A process alone on a CPU needs none. From here on none unpickles what another sends. Raises TrainingError in a
+    process that was started by torchrun itself, where none knows the file in which they meet.
     """
-    path = os.environ.get(RANKS_FILE_VARIABLE)
     on_gpu = place.device.startswith("cuda")
-    if path is None or not (place.world_size > 1 or on_gpu):
+    started = "LOCAL_RANK" in os.environ
+    if torch.distributed.is_initialized() or not started or (place.world_size == 1 and not on_gpu):
         return
+    path = os.environ.get(RANKS_FILE_VARIABLE)
+    if path is None:
+        raise TrainingError(
+            "torchrun itself lets its processes meet at a port that everybody can reach. Start them by `python -m "
+            "embed_pipeline.launch.agent --rdzv-backend=files`, which takes torchrun's other options"
+        )
     assert hasattr(distributed_c10d, "_unpickler")
     distributed_c10d._unpickler = _refuse
     store = FileStore(path, place.world_size)
