@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -17,11 +18,13 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.launch.local import run_local
 from embed_pipeline.launch.network import interface_in
 from embed_pipeline.launch.ownership import make_private
-from embed_pipeline.launch.rank import RANKS_FILE_VARIABLE
+from embed_pipeline.launch.rank import RANKS_FILE_VARIABLE, Place
+from embed_pipeline.launch.rank import meet as meet_others
 from embed_pipeline.launch.rendezvous import FileRendezvous
-from embed_pipeline.launch.torchrun import RENDEZVOUS_BACKEND
+from embed_pipeline.launch.torchrun import RENDEZVOUS_BACKEND, Rendezvous, torchrun_command
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +98,23 @@ def test_processes_talk_over_loopback_unless_a_network_is_named(folder: Path) ->
     loopback = interface_in("127.0.0.0/8")
     assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
     assert os.environ["NCCL_SOCKET_IFNAME"] == f"={loopback}"
+
+
+def test_an_agent_says_why_it_does_not_meet_there(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    rendezvous = Rendezvous("job", tmp_path, 2, "lo", 1).options(0)
+    command = torchrun_command("embed_pipeline.training.embedder", tmp_path / "job.json", 1, rendezvous=rendezvous)
+    with pytest.raises(TrainingError, match=r"^/.* with mode 0777; the processes of a job meet there"):
+        run_local(command, env={}, error_file=tmp_path / "error.json")
+
+
+def test_a_rank_does_not_meet_others_at_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun itself would have it."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv(RANKS_FILE_VARIABLE)
+    with pytest.raises(TrainingError, match=r"Start them by `python -m embed_pipeline\.launch\.agent"):
+        meet_others(Place(0, 2, "cpu", 1), timedelta(minutes=1))
+    meet_others(Place(0, 1, "cpu", 1), timedelta(minutes=1))  # alone, it meets nobody
 
 
 # ------------------------------------------------------------------------------------------------ the network
