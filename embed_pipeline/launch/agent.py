@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     if HEARTBEAT_VARIABLE in os.environ:
         _end_in_silence(Path(os.environ[HEARTBEAT_VARIABLE]))
     try:
-        with tempfile.TemporaryDirectory(prefix="embed_pipeline-") as own:
+        with tempfile.TemporaryDirectory(prefix="embed_pipeline-", ignore_cleanup_errors=True) as own:
             # The last of two wins, so what the arguments say stands.
             run.main([f"--rdzv-endpoint={own}", *arguments])
     except TrainingError as error:
