@@ -16,6 +16,8 @@ from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_
 from embed_pipeline.champions import Champion, Promotion, models_of, read_history
 from embed_pipeline.errors import UserError
 from embed_pipeline.launch.nodes import NODES_FOLDER, join
+from embed_pipeline.libraries import COMPUTED, LIBRARIES_OF_MODELS, upgrades_since
+from embed_pipeline.masking import without_password
 from embed_pipeline.tables import source_folder
 from embed_pipeline.training.job import MODEL_FOLDER
 
@@ -86,6 +88,19 @@ def verify(pipeline: str) -> None:
             artifact = store.current(asset)
             artifact.verify()
             click.echo(f"{pipeline}/{asset} {artifact.version}: {len(artifact.manifest.files)} files as published")
+
+
+@main.command()
+@click.argument("pipeline")
+def check(pipeline: str) -> None:
+    """Say whether every current version of PIPELINE was made with the libraries that are installed."""
+    store = _store(pipeline)
+    for asset in COMPUTED:
+        if store.has_current(asset):
+            artifact = store.current(asset)
+            upgrades = upgrades_since(artifact)
+            told = upgrades or f"made with the installed {', '.join(LIBRARIES_OF_MODELS)}"
+            click.echo(f"{_title(artifact)}: {told}")
 
 
 @main.command("join")
@@ -234,7 +249,7 @@ def replay_metrics(pipeline: str) -> None:
     """
     from embed_pipeline.tracking.delivery import replay
     from embed_pipeline.tracking.journal import waiting
-    from embed_pipeline.tracking.server import tracking_uri, without_password
+    from embed_pipeline.tracking.server import tracking_uri
 
     store = _store(pipeline)
     before = waiting(store.folder)

@@ -21,12 +21,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.launch import rendezvous  # noqa: F401  (torchrun finds it by its name)
 from embed_pipeline.launch.ending import run_and_leave
+from embed_pipeline.launch.environment import keep_to_job_environment
 from embed_pipeline.launch.heartbeat import BEAT_SECONDS, HEARTBEAT_VARIABLE, Listener
 from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, leave_error, meaning_of, minutes_waited
 
 
 def main(arguments: list[str]) -> None:
     """torchrun's main. Raises what it raises, with the killed rank in TORCHELASTIC_ERROR_FILE if there is one."""
+    keep_to_job_environment()
     if HEARTBEAT_VARIABLE in os.environ:
         _end_in_silence(Path(os.environ[HEARTBEAT_VARIABLE]))
     try:

@@ -186,8 +186,8 @@ def _state(job: str) -> tuple[str, str]:
 def _cancel(job: str) -> None:
     """Cancel, and kill what does not end by itself."""
     with contextlib.suppress(OSError):
-        subprocess.run(["scancel", job], capture_output=True)
         deadline = time.monotonic() + SHUTDOWN_SECONDS
+        subprocess.run(["scancel", job], capture_output=True)
         while time.monotonic() < deadline:
             if _state(job)[0] in _OVER:
                 return

@@ -12,9 +12,9 @@ from embed_pipeline.settings import LaunchSettings
 
 # Present where NVIDIA's driver (bare metal, WSL) or AMD's is; without one there is no need to import torch to count.
 GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
-# From SIGTERM to SIGKILL of a rank: time for a checkpoint, and short enough that nothing is left 15 seconds after a
-# cancel.
-SHUTDOWN_SECONDS = 8
+# From SIGTERM to SIGKILL of a rank: time for a checkpoint, and less than whoever launched torchrun waits for it
+# (`local.TERMINATE_SECONDS`), also on a busy machine.
+SHUTDOWN_SECONDS = 5
 
 
 RENDEZVOUS_BACKEND = "files"  # launch.rendezvous, as torchrun knows it
