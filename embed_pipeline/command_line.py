@@ -107,7 +107,11 @@ def check(pipeline: str) -> None:
 @click.argument("pipelines", nargs=-1)
 @click.option("--jobs", type=click.IntRange(min=1), help="Leave after so many; without it, stay for ever.")
 def join_jobs(pipelines: tuple[str, ...], jobs: int | None) -> None:
-    """Be a node for the jobs of PIPELINES (all in the store, if none is named) that `launch.kind: nodes` announces."""
+    """Be a node for the jobs of PIPELINES (all in the store, if none is named) that `launch.kind: nodes` announces.
+
+    Only this user's jobs are done: announcement and job file have to lie in the store, belong to the user that runs
+    this, and be writable by nobody else.
+    """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     store = store_root()
     click.echo(f"waiting for jobs of {', '.join(pipelines) or 'every pipeline'} in {store}", err=True)
@@ -118,7 +122,7 @@ def join_jobs(pipelines: tuple[str, ...], jobs: int | None) -> None:
 
     # Stopped as a service is, it ends what it takes part in; so does Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    join(folders, jobs=jobs)
+    join(store, folders, jobs=jobs)
 
 
 @main.command()

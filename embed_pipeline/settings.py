@@ -7,6 +7,7 @@ when definitions load, before any work. This module imports neither torch nor da
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import math
 import os
 import re
@@ -16,7 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from embed_pipeline.library_arguments import ModelKind, check_arguments, check_loss_arguments
 from embed_pipeline.losses import (
@@ -1019,6 +1029,28 @@ class HubSettings(Settings):
         return self
 
 
+def _check_network(network: str) -> str:
+    """Raises ValueError unless `network` is one (10.0.0.0/24), or can be the name of an interface."""
+    if "/" in network:
+        found = ipaddress.ip_network(network, strict=False)
+        if found.prefixlen == 0:
+            raise ValueError(f"{network} is every network. Name the one that the nodes share, e.g. 10.0.0.0/24")
+        return network
+    try:
+        address = ipaddress.ip_address(network)
+    except ValueError:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", network):
+            raise ValueError(
+                f"{network!r} is neither a network (10.0.0.0/24) nor the name of an interface (eth0)"
+            ) from None
+        return network
+    raise ValueError(f"{network} is an address. Name the network that the nodes share, e.g. {address}/24")
+
+
+# What `launch.network` may be.
+Network = Annotated[str, AfterValidator(_check_network)]
+
+
 class LaunchSettings(Settings):
     """Where the jobs of a pipeline run. Their code and their results are the same everywhere."""
 
@@ -1030,8 +1062,10 @@ class LaunchSettings(Settings):
     nnodes: int = Field(
         1, ge=1, le=10_000, description="nodes, slurm: machines that take part, this one included for nodes"
     )
-    rdzv_endpoint: str | None = Field(
-        None, description="nodes: host:port of this machine, as the others reach it; torchrun meets there"
+    network: Network | None = Field(
+        None,
+        description="nodes, slurm: the network between the machines, as addresses (10.0.0.0/24) or the name that an "
+        "interface has on each (eth0); gloo and NCCL use no other. Needed where there are several nodes",
     )
     wait_minutes: float = Field(
         15.0, ge=0.001, le=100_000, description="nodes: a job fails when the others have not joined by then"
@@ -1069,7 +1103,7 @@ class LaunchSettings(Settings):
     def _keys_of_this_kind(self) -> LaunchSettings:
         belong = {
             "nnodes": ("nodes", "slurm"),
-            "rdzv_endpoint": ("nodes",),
+            "network": ("nodes", "slurm"),
             "wait_minutes": ("nodes",),
             "gpus_per_node": ("slurm", "ray"),
             "address": ("ray",),
@@ -1080,14 +1114,14 @@ class LaunchSettings(Settings):
             default = type(self).model_fields[key].get_default(call_default_factory=True)
             if self.kind not in kinds and getattr(self, key) != default:
                 raise ValueError(f"`{key}` belongs to launch.kind {' or '.join(kinds)}, not to {self.kind}")
-        if self.kind == "nodes":
-            if self.nnodes < 2:
-                raise ValueError("launch.kind nodes needs `nnodes`: how many machines take part, 2 or more")
-            host, _, port = (self.rdzv_endpoint or "").rpartition(":")
-            if not host or "@" in host or not port.isdecimal() or not 1 <= int(port) <= 65_535:
-                raise ValueError(
-                    "launch.kind nodes needs `rdzv_endpoint`, host:port of this machine, e.g. 10.0.0.1:29400"
-                )
+        if self.kind == "nodes" and self.nnodes < 2:
+            raise ValueError("launch.kind nodes needs `nnodes`: how many machines take part, 2 or more")
+        if self.nnodes > 1 and self.network is None:
+            raise ValueError(
+                f"launch.kind {self.kind} with {self.nnodes} nodes needs `network`: the network that they share, e.g. "
+                "10.0.0.0/24, or the name of their interface to it, e.g. eth0. What they exchange is neither "
+                "encrypted nor authenticated, so it should be a network of their own"
+            )
         if self.address is not None and not _is_dashboard(self.address):
             raise ValueError(
                 "launch.address: expected the address of the cluster's dashboard, such as http://head:8265, without "
