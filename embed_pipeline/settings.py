@@ -230,7 +230,11 @@ class SourceSettings(Settings):
     script: Path | None = Field(
         None, description="Python script run before reading, as `python script OUTPUT_FOLDER`, to build the files"
     )
-    script_output: Path | None = Field(None, description="its files; replaced whole by what `script` writes each time")
+    script_output: Path | None = Field(
+        None,
+        description="its files; replaced whole by what `script` writes each time. A folder that holds anything else is "
+        "refused, and nothing is deleted",
+    )
     score_range: tuple[float, ...] | None = Field(
         None,
         min_length=2,

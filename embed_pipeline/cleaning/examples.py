@@ -27,6 +27,7 @@ from embed_pipeline.tables import (
     REJECTED_EXAMPLES,
     REJECTED_EXAMPLES_FILE,
     SPLITS,
+    connect,
     write_stream,
 )
 
@@ -93,7 +94,7 @@ def clean_examples(
     row is left of a split, or its groups cannot be divided.
     """
     with tempfile.TemporaryDirectory(dir=out, prefix=".cleaning-") as work:
-        connection = duckdb.connect(
+        connection = connect(
             str(Path(work) / "work.duckdb"), config={"memory_limit": MEMORY_LIMIT, "temp_directory": work}
         )
         with connection:
@@ -145,7 +146,7 @@ def _load(connection: duckdb.DuckDBPyConnection, raw_file: Path, source: SourceS
                     WHEN '' THEN 'train' WHEN 'train' THEN 'train'
                     WHEN 'dev' THEN 'dev' WHEN 'val' THEN 'dev' WHEN 'validation' THEN 'dev'
                     WHEN 'test' THEN 'test' END AS split
-            FROM read_parquet($raw, file_row_number = true)
+            FROM stored_in_order($raw)
         )
         """,
         {"raw": str(raw_file), "low": low, "high": high},

@@ -22,7 +22,7 @@ _FIELDS = {
 }
 _LINES = f"""(
     SELECT row_number() OVER () - 1 AS row_number, * FROM read_json(
-        $path, format = 'newline_delimited',
+        $path, format = 'newline_delimited', hive_partitioning = false,
         columns = {{{", ".join(f"{name}: '{type}'" for name, type in _FIELDS.items())}}})
 )"""
 

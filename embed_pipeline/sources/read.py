@@ -25,7 +25,7 @@ from embed_pipeline.sources.columns import (
     negative_columns,
     wanted_columns,
 )
-from embed_pipeline.tables import RAW, RAW_EXAMPLES, RAW_EXAMPLES_FILE, RAW_FILE, write_stream
+from embed_pipeline.tables import RAW, RAW_EXAMPLES, RAW_EXAMPLES_FILE, RAW_FILE, connect, write_stream
 
 BATCH_ROWS = 20_000
 MAGIC = b"PAR1"
@@ -75,7 +75,7 @@ def read_sources(settings: SourceSettings, yaml_folder: Path, out: Path) -> Sour
     wrong type. A null text in single rows is left to cleaning; a required column that is null in every row is an error.
     """
     name, schema = raw_table(settings)
-    with duckdb.connect() as connection:
+    with connect() as connection:
         # All files are looked at before the first is read, so that a mistake is known after seconds.
         parts = [part for file in source_files(settings, yaml_folder) for part in _inspect(connection, settings, file)]
         batches = (batch for part in parts for batch in _rows(connection, part, schema))
@@ -136,9 +136,13 @@ def _describe(connection: duckdb.DuckDBPyConnection, file: SourceFile) -> tuple[
     """Column -> DuckDB type, and the number of rows, of a parquet file."""
     _refuse_other_formats(file)
     try:
-        described = connection.execute("DESCRIBE SELECT * FROM read_parquet($path)", {"path": _exactly(file)})
+        described = connection.execute(
+            "DESCRIBE SELECT * FROM read_parquet($path, hive_partitioning = false)", {"path": _exactly(file)}
+        )
         delivered = {str(row[0]): str(row[1]) for row in described.fetchall()}
-        counted = connection.execute("SELECT count(*) FROM read_parquet($path)", {"path": _exactly(file)})
+        counted = connection.execute(
+            "SELECT count(*) FROM read_parquet($path, hive_partitioning = false)", {"path": _exactly(file)}
+        )
         rows = int(counted.fetchall()[0][0])
         names = pq.read_schema(file.path).names
     except (duckdb.Error, pa.ArrowException) as error:
@@ -182,7 +186,7 @@ def _rows(connection: duckdb.DuckDBPyConnection, part: _Part, schema: pa.Schema)
         if described.relevance is not None:
             ours["relevance"] = str(described.relevance)
         parameters |= {"kind": described.kind} if "kind" in schema.names else {}
-        rows = "read_parquet($path, file_row_number = true)"
+        rows = "read_parquet($path, file_row_number = true, hive_partitioning = false)"
     else:
         rows = f"({flag_embedding.ROWS})"
         given = ("source", "row_number", "kind", "query", "passage", "relevance", "teacher_score")
@@ -202,7 +206,7 @@ def _refuse_columns_without_values(
 ) -> None:
     names = [name for name in schema.names if name not in ("source", "row_number", "kind")]
     counts = connection.execute(
-        f"SELECT source, {', '.join(f'count({name})' for name in names)} FROM read_parquet($path) GROUP BY source",
+        f"SELECT source, {', '.join(f'count({name})' for name in names)} FROM stored($path) GROUP BY source",
         {"path": str(raw_file)},
     ).fetchall()
     filled = {row[0]: dict(zip(names, row[1:], strict=True)) for row in counts}
