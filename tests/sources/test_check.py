@@ -15,8 +15,10 @@ from embed_pipeline.sources.check import check_sources
 MISSING = {
     "file": ({"path": "no.parquet"}, r"source\.path: no such file or folder: .*no\.parquet"),
     "glob": ({"path": "no/*.parquet"}, r"source\.path: no file matches .*no/\*\.parquet"),
-    "folder without parquet": ({"path": "folder"}, r"the folder .*folder holds no \.parquet file"),
-    "glob of other files": ({"path": "folder/*"}, r"matches 1 file\(s\), none ending in \.parquet \(first: folder/a"),
+    "folder without parquet": ({"path": "folder"}, r"folder names 1 file.* \(first: folder/a\.csv, not a \.parquet"),
+    "glob of other files": ({"path": "folder/*"}, r"names 1 file.* \(first: folder/a\.csv, not a \.parquet"),
+    "folder without data": ({"path": "empty"}, r"the folder .*empty holds no \.parquet file"),
+    "glob of folders": ({"path": "em*"}, r"matches 1 folder\(s\), none of which holds a \.parquet"),
     "remote": ({"path": "s3://bucket/a.parquet"}, "expected a local path"),
     "extra corpus": ({"path": "there.parquet", "extra_corpus": "no.parquet"}, r"source\.extra_corpus: no such"),
     "script": (
@@ -34,6 +36,7 @@ MISSING = {
 def test_what_is_not_there(tmp_path: Path, parquet: Callable[..., Path], case: str) -> None:
     parquet("there.parquet", query=["q"], passage=["p"])
     (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "folder" / "a.csv").write_text("query\n")
     (tmp_path / "build.py").write_text("")
     settings, message = MISSING[case]

@@ -96,6 +96,16 @@ def test_a_null_in_one_row_is_left_to_cleaning(tmp_path: Path, parquet: Callable
     assert [(r["query"], r["passage"]) for r in read(tmp_path, path="a.parquet")] == [("q", None), (None, "p")]
 
 
+@pytest.mark.parametrize("name", ["file_row_number", "File_Row_Number", "filename", "row_number", "source"])
+def test_a_column_named_as_one_that_readers_add(tmp_path: Path, parquet: Callable[..., Path], name: str) -> None:
+    parquet("a.parquet", **PAIRS, **{name: ["x", "y"]})
+    rows = read(tmp_path, path="a.parquet", columns={"document_id": name})
+    assert [(r["source"], r["row_number"], r["query"], r["document_id"]) for r in rows] == [
+        ("a.parquet", 0, "how", "x"),
+        ("a.parquet", 1, "why", "y"),
+    ]
+
+
 def test_fingerprint_follows_content(tmp_path: Path, parquet: Callable[..., Path]) -> None:
     settings = (SourceSettings(path="*.parquet"),)
     parquet("a.parquet", **PAIRS)
