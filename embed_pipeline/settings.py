@@ -192,7 +192,9 @@ class ColumnSettings(Settings):
     sentence1: str = Field("sentence1", description="scored, labelled, parallel: the first text")
     sentence2: str | None = Field(None, description="the second text; labelled texts may stand alone")
     score: str = Field("score", description="scored: how alike the two are")
-    label: str = Field("label", description="labelled: the class, text or whole numbers")
+    label: str = Field(
+        "label", description="labelled: the class: text, whole numbers or booleans; letter case makes none"
+    )
 
 
 # The keys of `columns` that mean something to each kind of source; another key would be ignored, so it is refused.

@@ -96,7 +96,7 @@ EXAMPLES = pa.schema(
         # scored: 0..1; labelled pairs of two classes: 1 for the one that means alike (source.positive_label), 0 for
         # the other, null where that is not known
         pa.field("score", pa.float64()),
-        pa.field("label", pa.string()),  # labelled: the class as delivered
+        pa.field("label", pa.string()),  # labelled: the class, in one spelling
         pa.field("split", pa.string(), nullable=False),
         pa.field("group_id", pa.string(), nullable=False),
     ]

@@ -214,7 +214,8 @@ _EXAMPLE_PROMISES_TO_RAW = {
     "a rejected row is a raw row": f"SELECT {_ROW} FROM rejected ANTI JOIN raw USING (source, row_number)",
     "every kept row is an example, as it was delivered": f"""
         SELECT {_ROW} FROM kept ANTI JOIN examples e ON e.sentence1 = kept.sentence1
-        AND e.sentence2 IS NOT DISTINCT FROM kept.sentence2 AND e.label IS NOT DISTINCT FROM kept.label
+        AND e.sentence2 IS NOT DISTINCT FROM kept.sentence2
+        AND class_key(e.label) IS NOT DISTINCT FROM class_key(kept.label)
         AND ($kind <> 'scored' OR abs(e.score - (kept.score - $low) / ($high - $low)) < 1e-9)""",
     "an example was delivered, once": """
         SELECT example_id FROM examples e LEFT JOIN kept k ON e.sentence1 = k.sentence1

@@ -66,6 +66,8 @@ def _about_examples(folder: Path, report: "ExamplesReport") -> dict[str, Any]:
 
     splits = [(split, rows, report.scores_by_split.get(split, "")) for split, rows in report.examples_by_split.items()]
     classes = {"classes": markdown_table(["class", "rows"], list(report.classes.items()))} if report.classes else {}
+    if spellings := [(name, ", ".join(others)) for name, others in report.class_spellings.items()]:
+        classes["class_spellings"] = markdown_table(["class", "also spelled"], spellings[:50])
     return {
         **_about_rows(report, EXAMPLE_REASONS),
         "rejected_sample": _sample(folder / REJECTED_EXAMPLES_FILE, ("sentence1", "sentence2")),
