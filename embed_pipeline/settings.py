@@ -222,7 +222,9 @@ class SourceSettings(Settings):
         "query, pos, neg); else scored (two sentences and how alike they are), labelled (one or two sentences and a "
         "class) or parallel (a sentence and its translation)",
     )
-    path: str | None = Field(None, description="every kind but beir: a file, a folder or a glob; relative to the YAML")
+    path: str | None = Field(
+        None, description="every kind but beir: a file, a folder or a glob, relative to the YAML; see data.md"
+    )
     corpus: str | None = Field(None, description="beir: corpus parquet (file, folder or glob)")
     queries: str | None = Field(None, description="beir: queries parquet")
     qrels: str | None = Field(None, description="beir: qrels parquet")

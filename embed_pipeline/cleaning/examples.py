@@ -377,6 +377,12 @@ def _score_classes(connection: duckdb.DuckDBPyConnection, source: SourceSettings
             f"{source.where}: train has one class, '{classes[0]}', and nothing to tell it from. Name the column that "
             f"holds the class under {source.where}.columns.label, or deliver rows of other classes"
         )
+    rows = connection.execute("SELECT count(*) FROM live WHERE split = 'train'").fetchall()[0][0]
+    if rows == len(classes) > 2:
+        raise CleaningError(
+            f"{source.where}.columns.label: each of the {rows} rows of train has a class of its own, e.g. "
+            f"'{classes[0]}': nothing can be learnt from that. Name the column that holds the class"
+        )
     alike = source.positive_label
     if alike is not None and alike not in classes:
         meant = connection.execute(

@@ -142,8 +142,7 @@ def _find(
         names, passed_over = _names(where, suffix, pattern, yaml_folder)
     except OSError as error:
         raise ConfigurationError(
-            f"{where}: {error.filename} cannot be looked into: {error.strerror}. Give this user the permission to read "
-            "it, or name another place"
+            f"{where}: {error.filename} cannot be looked into: {error.strerror}. Name a place that this user may read"
         ) from error
     return [SourceFile(key, name, yaml_folder / name) for name in names], passed_over
 
@@ -247,6 +246,8 @@ class _Search:
 
     def _take_file(self, name: str, *, named_by_pattern: bool = False) -> None:
         path = self.yaml_folder / name
+        if not _is_unicode(name):
+            raise ConfigurationError(f"{self.where}: the name of {name!a} is not UTF-8. Rename the file")
         hidden = path.name.startswith(".") and path.name not in self.named
         if not hidden and path.is_symlink() and not path.exists():
             raise ConfigurationError(
@@ -262,6 +263,10 @@ class _Search:
             self.files.add(name)
         else:
             raise ConfigurationError(f"{self.where}: {path} is no file but a pipe, socket or device. Move it elsewhere")
+
+
+def _is_unicode(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _is_data(path: Path) -> bool:

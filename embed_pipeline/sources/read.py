@@ -229,15 +229,35 @@ def _describe(connection: duckdb.DuckDBPyConnection, file: SourceFile) -> tuple[
     return delivered, rows
 
 
+_OTHER_FORMATS = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself. Fetch it: git lfs pull",
+    b"PARE": "encrypted parquet. Write it without encryption",
+    b"\x1f\x8b": "compressed (gzip), expected parquet, which is compressed within. Unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd), expected parquet, which is compressed within. Unpack it",
+    b"PK\x03\x04": "a zip archive or a spreadsheet, expected parquet. Unpack or convert it",
+    b"ARROW1": "Arrow or Feather, expected parquet. Convert it: pandas.read_feather(...).to_parquet(...)",
+    b"ORC": "ORC, expected parquet. Convert it: pandas.read_orc(...).to_parquet(...)",
+    b"Obj\x01": "Avro, expected parquet. Convert it",
+    b"{": "JSON, expected parquet. Convert it: pandas.read_json(..., lines=True).to_parquet(...)",
+    b"[": "JSON, expected parquet. Convert it: pandas.read_json(...).to_parquet(...)",
+    b"<": "HTML or XML, expected parquet: a page in place of the file? Download it again",
+}
+_LONGEST = 64
+
+
 def _refuse_other_formats(file: SourceFile) -> None:
     size = file.path.stat().st_size
     if size == 0:
         raise SourceError(f"{file.path}: the file is empty (0 bytes), expected parquet")
     with file.path.open("rb") as stream:
-        head = stream.read(len(MAGIC))
+        start = stream.read(_LONGEST).lstrip()
+        head = start[: len(MAGIC)]
         stream.seek(max(0, size - len(MAGIC)))
         tail = stream.read()
     if head != MAGIC:
+        for magic, told in _OTHER_FORMATS.items():
+            if start.startswith(magic):
+                raise SourceError(f"{file.path}: {told}")
         raise SourceError(
             f"{file.path}: not a parquet file (it starts with {head!r}, expected {MAGIC!r}). Convert it, e.g. "
             "pandas.read_csv(...).to_parquet(...)"
@@ -317,4 +337,6 @@ def _damaged(file: SourceFile, error: Exception) -> str:
     said = str(error).splitlines()[0]
     if isinstance(error, duckdb.OutOfMemoryException):
         return f"{file.path}: too large for the memory there is ({said}). Write it with smaller row groups"
+    if "not valid UTF8" in said or isinstance(error, UnicodeDecodeError):
+        return f"{file.path}: a text is not UTF-8 ({said}). Write the column anew, decoded by the encoding it is in"
     return f"{file.path}: cannot be read as parquet, it seems damaged. DuckDB says: {said}. Copy or build it again"

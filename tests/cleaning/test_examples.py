@@ -197,6 +197,13 @@ def test_classes_that_differ_in_more_than_spelling_stay() -> None:
     assert (set(result.report.classes), result.report.class_spellings) == (set(names), {})
 
 
+def test_a_class_for_each_row_is_refused() -> None:
+    with pytest.raises(
+        CleaningError, match=r"source\.columns\.label: each of the \d+ rows of train has a class of its"
+    ):
+        cleaned([{**row, "label": row["sentence1"]} for row in classes()], "labelled")
+
+
 def test_labels_of_two_types_in_two_files(tmp_path: Path) -> None:
     for name, label in (("a", [True, False] * 20), ("b", [1, 0] * 20)):
         rows = pairs(40)
