@@ -268,7 +268,9 @@ class ColumnSettings(Settings):
     sentence1: str = Field("sentence1", description="scored, labelled, parallel: the first text")
     sentence2: str | None = Field(None, description="the second text; labelled texts may stand alone")
     score: str = Field("score", description="scored: how alike the two are")
-    label: str = Field("label", description="labelled: the class, text or whole numbers")
+    label: str = Field(
+        "label", description="labelled: the class: text, whole numbers or booleans; letter case makes none"
+    )
 
 
 # The keys of `columns` that mean something to each kind of source; another key would be ignored, so it is refused.
@@ -297,7 +299,7 @@ class SourceSettings(Settings):
         "class) or parallel (a sentence and its translation)",
     )
     path: PathText | None = Field(
-        None, description="every kind but beir: a file, a folder or a glob; relative to the YAML"
+        None, description="every kind but beir: a file, a folder or a glob, relative to the YAML; see data.md"
     )
     corpus: PathText | None = Field(None, description="beir: corpus parquet (file, folder or glob)")
     queries: PathText | None = Field(None, description="beir: queries parquet")
@@ -308,7 +310,11 @@ class SourceSettings(Settings):
     script: Place | None = Field(
         None, description="Python script run before reading, as `python script OUTPUT_FOLDER`, to build the files"
     )
-    script_output: Place | None = Field(None, description="its files; replaced whole by what `script` writes each time")
+    script_output: Place | None = Field(
+        None,
+        description="its files; replaced whole by what `script` writes each time. A folder that holds anything else is "
+        "refused, and nothing is deleted",
+    )
     score_range: tuple[float, ...] | None = Field(
         None,
         min_length=2,

@@ -95,7 +95,7 @@ def load_rows(connection: Connection, raw_file: Path) -> None:
                     WHEN '' THEN 'train' WHEN 'train' THEN 'train'
                     WHEN 'dev' THEN 'dev' WHEN 'val' THEN 'dev' WHEN 'validation' THEN 'dev'
                     WHEN 'test' THEN 'test' END AS split
-            FROM read_parquet($raw, file_row_number = true)
+            FROM stored_in_order($raw)
         )
         """,
         {"raw": str(raw_file)},
