@@ -340,6 +340,12 @@ class CleaningSettings(Settings):
     passage_max_characters: int = Field(
         100_000, ge=1, description="longer ones are rejected: no model reads them to their end"
     )
+    missing_texts: tuple[str, ...] = Field(
+        ("nan", "NaN", "NaT", "None", "NULL", "null", "N/A", "n/a", "NA", "<NA>", "#N/A"),
+        description="a text, label or split that is exactly one of these stands for a missing one, as pandas' "
+        "`astype(str)` and exports write it; of ids and documents only nan, NaN, NaT, None and <NA>. What was read so "
+        "is counted and reported. []: all of them are texts",
+    )
     max_missing_answers: Share = Field(
         0.05,
         description="the share of a split's answers, and of its questions, that may be lost because a text is nowhere "
