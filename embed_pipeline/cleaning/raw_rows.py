@@ -39,11 +39,11 @@ def view_raw_rows(
     """
     schema = RAW_EXAMPLES if examples else RAW
     columns = [f.name for f in schema if str(f.type) == "string" and f.name not in _ORIGIN]
-    found = {
-        column: f"""CASE WHEN list_contains({_list(t for t in missing_texts if column not in _IDS or t in _MISSING_IDS)},
-            trim({column}, '{_MARGIN}')) THEN trim({column}, '{_MARGIN}') END"""
-        for column in columns
-    }
+    found = {}
+    for column in columns:
+        texts = [text for text in missing_texts if column not in _IDS or text in _MISSING_IDS]
+        trimmed = f"trim({column}, '{_MARGIN}')"
+        found[column] = f"CASE WHEN list_contains({_list(texts)}, {trimmed}) THEN {trimmed} END"
     names = " ".join(
         f"WHEN list_contains({_list(names)}, lower(drawn(one_line(split)))) THEN '{split}'"
         for split, names in SPLIT_NAMES.items()

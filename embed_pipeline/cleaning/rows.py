@@ -278,7 +278,7 @@ def _unknown_ids(connection: Connection, what: Literal["query", "passage"]) -> s
         WITH alike AS (SELECT id_key(id) AS key, min(id) AS near, arg_min(place, id) AS place FROM there GROUP BY key)
         SELECT row, '{what}_id ' || CASE
             WHEN id IN (SELECT id FROM there) THEN id
-            WHEN near IS NOT NULL THEN side_by_side(id, near) || ' of ' || place
+            WHEN near IS NOT NULL THEN side_by_side(id, near) || ' (' || place || ')'
             ELSE coalesce(side_by_side(id, (SELECT min(id) FROM there)), id) END AS detail
         FROM unknown LEFT JOIN alike ON id_key(unknown.id) = key"""
 

@@ -62,7 +62,7 @@ def cleaned(rows: Iterable[Row], kind: str = "scored", cleaning: Any = None, **t
             report,
             examples.to_pylist(),
             {row["row_number"]: row["reason"] for row in rejected},
-            verify_examples(out, settings, report.apart, raw),
+            verify_examples(out, settings, report.apart, raw, told_cleaning.missing_texts),
             (out / EXAMPLES_FILE).read_bytes(),
         )
 
@@ -95,7 +95,10 @@ BAD = {
     "no score": ("scored", [{"sentence1": A, "sentence2": B}], {0: "invalid_score"}),
     "NaN": ("scored", [{"sentence1": A, "sentence2": B, "score": float("nan")}], {0: "invalid_score"}),
     "outside": ("scored", [{"sentence1": A, "sentence2": B, "score": 1.2}], {0: "score_out_of_range"}),
-    "split": ("scored", [{"sentence1": A, "sentence2": B, "score": 1.0, "split": "x"}], {0: "invalid_split"}),
+    "a missing sentence": ("scored", [{"sentence1": "nan", "sentence2": B, "score": 1.0}], {0: "missing_text"}),
+    "a missing second": ("parallel", [{"sentence1": A, "sentence2": " <NA> "}], {0: "missing_text"}),
+    "a missing label": ("labelled", [{"sentence1": A, "sentence2": B, "label": "nan"}], {0: "missing_label"}),
+    "blank": ("scored", [{"sentence1": "\u3164", "sentence2": B, "score": 1.0}], {0: "null_or_empty_sentence"}),
     "again, the other way round": (
         "scored",
         [
