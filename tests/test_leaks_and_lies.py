@@ -392,9 +392,12 @@ def nowhere(column: str, value: str | None) -> dict[str, list[Row]]:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        (nowhere("query_id", "k999"), "row 8: unknown_query, query_id k999"),
-        (nowhere("passage_id", "c999"), "row 8: unknown_passage, passage_id c999"),
-        (nowhere("passage_id", "C8 "), "row 8: unknown_passage, passage_id C8"),
+        (nowhere("query_id", "k999"), "row 8: unknown_query, query_id 'k999', while 'k0' is there"),
+        (nowhere("passage_id", "c999"), "row 8: unknown_passage, passage_id 'c999', while 'c0' is there"),
+        (
+            nowhere("passage_id", "C8 "),
+            "row 8: unknown_passage, passage_id 'C8', while 'c8' is there",
+        ),
         (nowhere("query_id", None), "row 8: missing_id, no query_id"),
     ],
     ids=["unknown query", "unknown passage", "id in another spelling", "no id"],
