@@ -187,7 +187,11 @@ class ColumnSettings(Settings):
     relevance: str | None = Field(None, description="graded relevance; BEIR qrels default to `score`")
     title: str | None = Field(None, description="put before the passage's text when encoding")
     document_id: str | None = Field(None, description="passages of one document never stand in two splits")
-    split: str | None = Field(None, description="a delivered split (train, dev, test) is honoured")
+    split: str | None = Field(
+        None,
+        description="a delivered split is honoured: train, dev, test, or a common name of one (training, validation, "
+        "val, testing, ...); any other value is refused",
+    )
     text: str = Field("text", description="the text column of BEIR corpus and queries, and of an extra corpus")
     sentence1: str = Field("sentence1", description="scored, labelled, parallel: the first text")
     sentence2: str | None = Field(None, description="the second text; labelled texts may stand alone")

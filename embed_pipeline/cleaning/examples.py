@@ -395,7 +395,7 @@ def _write(
         """WITH texts AS (
                SELECT DISTINCT key, split = 'train' AS trained FROM links JOIN live USING (row) WHERE what = 'texts'
            ), held AS (SELECT key FROM texts WHERE NOT trained)
-           SELECT count(*), count_if(key IN (SELECT key FROM texts WHERE trained)) FROM held"""
+           SELECT count(*), count(*) FILTER (key IN (SELECT key FROM texts WHERE trained)) FROM held"""
     ).fetchall()[0]
     return ExamplesReport(
         kind=source.kind,
