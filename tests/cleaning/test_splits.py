@@ -195,6 +195,7 @@ def test_chinese_boilerplate_is_a_leak(cleaned: Callable[..., Any]) -> None:
     assert cleaned(rows).reasons == {1: "overlap_leak"}
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     keys=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=40, unique=True),
     large=st.integers(0, 3),
