@@ -263,7 +263,11 @@ class ColumnSettings(Settings):
     relevance: str | None = Field(None, description="graded relevance; BEIR qrels default to `score`")
     title: str | None = Field(None, description="put before the passage's text when encoding")
     document_id: str | None = Field(None, description="passages of one document never stand in two splits")
-    split: str | None = Field(None, description="a delivered split (train, dev, test) is honoured")
+    split: str | None = Field(
+        None,
+        description="a delivered split is honoured: train, dev, test, or a common name of one (training, validation, "
+        "val, testing, ...); any other value is refused",
+    )
     text: str = Field("text", description="the text column of BEIR corpus and queries, and of an extra corpus")
     sentence1: str = Field("sentence1", description="scored, labelled, parallel: the first text")
     sentence2: str | None = Field(None, description="the second text; labelled texts may stand alone")
@@ -426,6 +430,12 @@ class CleaningSettings(Settings):
     passage_min_characters: int = Field(2, ge=1, le=100_000_000, description="shorter ones are rejected")
     passage_max_characters: int = Field(
         100_000, ge=1, le=100_000_000, description="longer ones are rejected: no model reads them to their end"
+    )
+    missing_texts: tuple[str, ...] = Field(
+        ("nan", "NaN", "NaT", "None", "NULL", "null", "N/A", "n/a", "NA", "<NA>", "#N/A"),
+        description="a text, label or split that is exactly one of these stands for a missing one, as pandas' "
+        "`astype(str)` and exports write it; of ids and documents only nan, NaN, NaT, None and <NA>. What was read so "
+        "is counted and reported. []: all of them are texts",
     )
     max_missing_answers: Share = Field(
         0.05,

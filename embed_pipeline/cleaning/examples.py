@@ -18,7 +18,8 @@ from embed_pipeline.cleaning import reasons
 from embed_pipeline.cleaning.clean import BATCH_ROWS
 from embed_pipeline.cleaning.elsewhere import Apart, CleanedSource, reject_shared
 from embed_pipeline.cleaning.normalise import casefolded, create_macros
-from embed_pipeline.cleaning.rows import MEMORY_LIMIT, delivered_splits, refuse_empty, reject
+from embed_pipeline.cleaning.raw_rows import read_as_missing, split_values, view_raw_rows
+from embed_pipeline.cleaning.rows import MEMORY_LIMIT, refuse_empty, reject
 from embed_pipeline.cleaning.splits import LARGE_GROUP_QUERIES, LARGE_GROUP_SHARE, assign_groups, linked_groups
 from embed_pipeline.errors import CleaningError
 from embed_pipeline.settings import CleaningSettings, SourceSettings
@@ -71,6 +72,8 @@ class ExamplesReport(BaseModel):
     groups: int  # of rows that may not be divided over splits
     largest_group: int
     delivered_splits: list[str]
+    split_values: dict[str, dict[str, int]]  # split -> what it is called in the delivery -> rows
+    read_as_missing: dict[str, dict[str, int]]  # column -> text that stands for a missing one -> rows
     split_leaks: int
     elsewhere_leaks: int
 
@@ -114,17 +117,17 @@ def clean_examples(
                 left_in="live",
                 what="row",
                 known=reasons.EXAMPLE_REASONS,
-                nothing="none",
             )
-            _load(connection, raw_file, source)
+            view_raw_rows(connection, raw_file, settings.missing_texts, examples=True)
+            delivered, missing = split_values(connection), read_as_missing(connection)
+            _load(connection, source)
             _refuse_other_scale(connection, source)
             spellings = _one_spelling_a_class(connection)
             _reject_bad_rows(connection, source, settings)
             _reject_repeated(connection, source)
             _create_links(connection)
-            delivered = delivered_splits(connection)
             apart = _remove_leaks(connection)
-            refuse_left_empty(delivered)
+            refuse_left_empty([*delivered])
             apart = _cut_missing_splits(connection, settings, seed, apart)
             refuse_left_empty([*SPLITS])
             if before:
@@ -137,29 +140,26 @@ def clean_examples(
             if source.kind == "labelled":
                 _score_classes(connection, source)
             _create_results(connection, apart)
-            report = _write(connection, source, apart, delivered, out)
+            report = _write(connection, source, apart, delivered, missing, out)
             return report.model_copy(update={"class_spellings": spellings})
 
 
-def _load(connection: duckdb.DuckDBPyConnection, raw_file: Path, source: SourceSettings) -> None:
-    """`rows` with texts as every later stage sees them, `first` and `second` folded, scores mapped to 0..1."""
+def _load(connection: duckdb.DuckDBPyConnection, source: SourceSettings) -> None:
+    """`rows` of the view `raw`: texts as every later stage sees them, also folded (`first`, `second`), scores 0..1."""
     low, high = source.score_range or (0.0, 1.0)
     connection.execute(
         """
         CREATE TABLE rows AS
         SELECT *, folded(sentence1) AS first, folded(sentence2) AS second
         FROM (
-            SELECT file_row_number AS row, source, row_number, lines(sentence1) AS sentence1,
+            SELECT row, source, row_number, 'example' AS kind, lines(sentence1) AS sentence1,
                 lines(sentence2) AS sentence2, score AS delivered_score, (score - $low) / ($high - $low) AS score,
-                one_line(label) AS label, nullif(trim(document_id), '') AS document_id, split AS delivered_split,
-                CASE lower(trim(coalesce(split, '')))
-                    WHEN '' THEN 'train' WHEN 'train' THEN 'train'
-                    WHEN 'dev' THEN 'dev' WHEN 'val' THEN 'dev' WHEN 'validation' THEN 'dev'
-                    WHEN 'test' THEN 'test' END AS split
-            FROM stored_in_order($raw)
+                one_line(label) AS label, named(document_id) AS document_id, told_split AS split,
+                sentence1_missing, sentence2_missing, label_missing
+            FROM raw
         )
         """,
-        {"raw": str(raw_file), "low": low, "high": high},
+        {"low": low, "high": high},
     )
     connection.execute("CREATE TABLE rejections (row BIGINT, reason VARCHAR, detail VARCHAR)")
     connection.execute("CREATE VIEW live AS SELECT * FROM rows WHERE row NOT IN (SELECT row FROM rejections)")
@@ -232,12 +232,24 @@ def _one_spelling_a_class(connection: duckdb.DuckDBPyConnection) -> dict[str, li
 
 
 def _reject_bad_rows(connection: duckdb.DuckDBPyConnection, source: SourceSettings, settings: CleaningSettings) -> None:
+    # Classes may be given to single texts, but then to all of them.
+    alone = f"('{source.kind}' = 'labelled' AND {_SINGLE})"
+    reject(
+        connection,
+        reasons.MISSING_TEXT,
+        " UNION ALL ".join(
+            f"SELECT row, '{text} \"' || {text}_missing || '\"' AS detail FROM live WHERE {where}"
+            for text, where in (
+                ("sentence1", "sentence1_missing IS NOT NULL"),
+                ("sentence2", f"sentence2_missing IS NOT NULL AND NOT {alone}"),
+            )
+        ),
+    )
     reject(
         connection,
         reasons.EMPTY_SENTENCE,
-        # Classes may be given to single texts, but then to all of them.
         f"""SELECT row, CASE WHEN sentence1 IS NULL THEN 'sentence1' ELSE 'sentence2' END AS detail FROM rows
-            WHERE sentence1 IS NULL OR sentence2 IS NULL AND NOT ('{source.kind}' = 'labelled' AND {_SINGLE})""",
+            WHERE sentence1 IS NULL OR sentence2 IS NULL AND NOT {alone}""",
     )
     for reason, wrong in (
         (reasons.SENTENCE_TOO_SHORT, f"< {settings.passage_min_characters}"),
@@ -250,7 +262,8 @@ def _reject_bad_rows(connection: duckdb.DuckDBPyConnection, source: SourceSettin
         )
         reject(connection, reason, checks)
     if source.kind == "labelled":
-        reject(connection, reasons.MISSING_LABEL, "SELECT row, NULL AS detail FROM live WHERE label IS NULL")
+        missing = "'label \"' || label_missing || '\"'"
+        reject(connection, reasons.MISSING_LABEL, f"SELECT row, {missing} AS detail FROM live WHERE label IS NULL")
     if source.kind == "scored":
         score = "'score ' || coalesce(delivered_score::VARCHAR, 'null') AS detail"
         for reason, found in (
@@ -258,11 +271,6 @@ def _reject_bad_rows(connection: duckdb.DuckDBPyConnection, source: SourceSettin
             (reasons.SCORE_OUT_OF_RANGE, "score NOT BETWEEN 0 AND 1"),
         ):
             reject(connection, reason, f"SELECT row, {score} FROM live WHERE {found}")
-    reject(
-        connection,
-        reasons.INVALID_SPLIT,
-        "SELECT row, 'split ''' || delivered_split || '''' AS detail FROM live WHERE split IS NULL",
-    )
 
 
 def _reject_repeated(connection: duckdb.DuckDBPyConnection, source: SourceSettings) -> None:
@@ -422,7 +430,12 @@ def _create_results(connection: duckdb.DuckDBPyConnection, apart: Apart) -> None
 
 
 def _write(
-    connection: duckdb.DuckDBPyConnection, source: SourceSettings, apart: Apart, delivered: list[str], out: Path
+    connection: duckdb.DuckDBPyConnection,
+    source: SourceSettings,
+    apart: Apart,
+    delivered: dict[str, dict[str, int]],
+    missing: dict[str, dict[str, int]],
+    out: Path,
 ) -> ExamplesReport:
     def counts(query: str) -> dict[str, int]:
         return {str(name): int(count) for name, count in connection.execute(query).fetchall()}
@@ -454,7 +467,7 @@ def _write(
         """WITH texts AS (
                SELECT DISTINCT key, split = 'train' AS trained FROM links JOIN live USING (row) WHERE what = 'texts'
            ), held AS (SELECT key FROM texts WHERE NOT trained)
-           SELECT count(*), count_if(key IN (SELECT key FROM texts WHERE trained)) FROM held"""
+           SELECT count(*), count(*) FILTER (key IN (SELECT key FROM texts WHERE trained)) FROM held"""
     ).fetchall()[0]
     return ExamplesReport(
         kind=source.kind,
@@ -470,7 +483,9 @@ def _write(
         shared_texts=shared[1] / max(1, shared[0]),
         groups=one("SELECT count(DISTINCT group_id) FROM out_examples"),
         largest_group=one("SELECT max(n) FROM (SELECT count(*) AS n FROM out_examples GROUP BY group_id)"),
-        delivered_splits=delivered,
+        delivered_splits=[*delivered],
+        split_values=delivered,
+        read_as_missing=missing,
         split_leaks=by_reason.get(reasons.SPLIT_LEAK, 0),
         elsewhere_leaks=sum(by_reason.get(r, 0) for r in (reasons.HELD_OUT_ELSEWHERE, reasons.TRAINED_ON_ELSEWHERE)),
     )

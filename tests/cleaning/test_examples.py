@@ -64,7 +64,7 @@ def cleaned(rows: Iterable[Row], kind: str = "scored", cleaning: Any = None, **t
             report,
             examples.to_pylist(),
             {row["row_number"]: row["reason"] for row in rejected},
-            verify_examples(out, settings, report.apart, raw),
+            verify_examples(out, settings, report.apart, raw, told_cleaning.missing_texts),
             (out / EXAMPLES_FILE).read_bytes(),
         )
 
@@ -97,7 +97,10 @@ BAD = {
     "no score": ("scored", [{"sentence1": A, "sentence2": B}], {0: "invalid_score"}),
     "NaN": ("scored", [{"sentence1": A, "sentence2": B, "score": float("nan")}], {0: "invalid_score"}),
     "outside": ("scored", [{"sentence1": A, "sentence2": B, "score": 1.2}], {0: "score_out_of_range"}),
-    "split": ("scored", [{"sentence1": A, "sentence2": B, "score": 1.0, "split": "x"}], {0: "invalid_split"}),
+    "a missing sentence": ("scored", [{"sentence1": "nan", "sentence2": B, "score": 1.0}], {0: "missing_text"}),
+    "a missing second": ("parallel", [{"sentence1": A, "sentence2": " <NA> "}], {0: "missing_text"}),
+    "a missing label": ("labelled", [{"sentence1": A, "sentence2": B, "label": "nan"}], {0: "missing_label"}),
+    "blank": ("scored", [{"sentence1": "\u3164", "sentence2": B, "score": 1.0}], {0: "null_or_empty_sentence"}),
     "again, the other way round": (
         "scored",
         [
@@ -343,3 +346,44 @@ def test_real_scores(shared_data: Callable[[str], Path], tmp_path: Path) -> None
     assert verify_examples(tmp_path / "out", settings, report.apart, raw) == []
     assert sample_rows(tmp_path, 200, 1)["example"] == pytest.approx(200, abs=3)
     assert {row["split"] for row in pq.read_table(raw).to_pylist()} == {"train", "dev", "test"}
+
+
+def test_nothing_need_be_held_out() -> None:
+    result = cleaned(pairs(), cleaning={"split": {"dev": 0.0, "test": 0.0}})
+    assert result.report.examples_by_split == {"train": 40, "dev": 0, "test": 0}
+    assert result.report.shared_texts == 0.0
+    assert result.violations == []
+
+
+def test_splits_by_other_names_and_missing_texts_are_told() -> None:
+    rows = [{**row, "split": ("Training", "valid", "testing")[i % 3]} for i, row in enumerate(pairs())]
+    rows[0]["sentence1"], rows[1]["sentence2"] = "nan", "None"
+    result = cleaned(rows)
+    assert result.reasons == {0: "missing_text", 1: "missing_text"}
+    assert result.report.split_values == {"train": {"Training": 14}, "dev": {"valid": 13}, "test": {"testing": 13}}
+    assert result.report.read_as_missing == {"sentence1": {"nan": 1}, "sentence2": {"None": 1}}
+    assert result.violations == []
+    assert cleaned(rows, cleaning={"missing_texts": []}).reasons == {}
+
+
+def test_a_second_column_that_is_missing_throughout_means_single_texts() -> None:
+    """As pandas' astype(str) writes a column of nothing."""
+    result = cleaned([{**row, "sentence2": "nan"} for row in classes()], kind="labelled")
+    assert result.reasons == {}
+    assert {row["sentence2"] for row in result.examples} == {None}
+
+
+def test_unknown_splits_and_a_split_without_train_are_refused() -> None:
+    with pytest.raises(CleaningError, match=r"'holdout' in 40 row\(s\), the first is a\.parquet row 0"):
+        cleaned(pairs(split="holdout"))
+    with pytest.raises(CleaningError, match=r"left in train .*0 as train, 0 as dev, 40 as test.*split column"):
+        cleaned(pairs(split="test"))
+
+
+def test_an_emoji_with_its_selector_is_the_same_text() -> None:
+    rows = [{**row, "split": ("train", "dev", "test")[i % 3]} for i, row in enumerate(pairs())]
+    rows += [
+        {"sentence1": "I \u2764\ufe0f it", "sentence2": "we \u2764\ufe0f it", "score": 1.0, "split": "test"},
+        {"sentence1": "I \u2764 it", "sentence2": "they hate it", "score": 0.0, "split": "train"},
+    ]
+    assert cleaned(rows).reasons == {41: "split_leak"}

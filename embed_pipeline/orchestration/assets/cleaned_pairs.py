@@ -82,11 +82,15 @@ def _about_examples(folder: Path, report: "ExamplesReport") -> dict[str, Any]:
 
 def _about_rows(report: "CleaningReport | ExamplesReport", meanings: Mapping[str, str]) -> dict[str, Any]:
     reasons = [(reason, rows, meanings[reason]) for reason, rows in report.rejected_by_reason.items()]
+    named = [(value, split, n) for split, values in report.split_values.items() for value, n in values.items()]
+    missing = [(column, text, n) for column, texts in report.read_as_missing.items() for text, n in texts.items()]
     return {
         "dagster/row_count": report.kept_rows,
         "raw_rows": report.raw_rows,
         "rejected_rows": report.rejected_rows,
         "rejected_by_reason": markdown_table(["reason", "rows", "meaning"], reasons),
+        **({"delivered_splits": markdown_table(["delivered as", "read as", "rows"], named)} if named else {}),
+        **({"read_as_missing": markdown_table(["column", "text", "rows"], missing)} if missing else {}),
     }
 
 
