@@ -14,6 +14,7 @@ from sentence_transformers import CrossEncoder
 
 from embed_pipeline.library_arguments import arguments_for
 from embed_pipeline.models.folder import pair_length
+from embed_pipeline.models.padding import set_padding
 from embed_pipeline.training.arguments import check_steps, trainer_arguments
 from embed_pipeline.training.cross_encoder import load_cross_encoder
 from embed_pipeline.training.engines import Prepared
@@ -58,5 +59,6 @@ def prepare(job: RerankerJob, rank: Rank, sources: list[TrainingSource], work: P
     )
     # The same parameters in both, and the same fresh head as the other engine starts from.
     runner.model.model = model[0].model
+    set_padding(runner.tokenizer, runner.model.model, job.base_model)  # it read its own
     runner.trainer.train_dataset = SeededRows(runner.trainer.train_dataset, job.seed)
     return Prepared(runner.trainer, model, {source.name: source.size for source in sources})
