@@ -7,7 +7,8 @@ from typing import Any
 import dagster as dg
 
 from embed_pipeline.artifacts import DIGITS, PipelineStore
-from embed_pipeline.champions import Promotion, pointer
+from embed_pipeline.champions import Promotion, pointer, read_waiting
+from embed_pipeline.errors import TrackingError
 from embed_pipeline.orchestration.automation import retry_policy
 from embed_pipeline.orchestration.reporting import readable_errors, waiting_metadata
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_champion, write_champion_cards
@@ -65,7 +66,13 @@ def champion_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
     def champion(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with readable_errors():
             run = pipeline.for_run(context.run_id)
-            promoted = make_champion(run)
+            try:
+                promoted = make_champion(run)
+            except TrackingError:
+                if (waits := read_waiting(run.store)) is not None:
+                    told = {"status": "waits for MLflow", "waiting": waits.sentence(name), "since": waits.since}
+                    context.log_event(dg.AssetObservation([name, "champion"], metadata=told))
+                raise
             cards = write_champion_cards(run)
         told = "is the new champion" if promoted.new else "serves already, nothing was moved"
         context.log.info(f"{promoted.champion.title} {told}")
@@ -75,6 +82,7 @@ def champion_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
                 **champion_metadata(run.store, promoted.promotion),
                 **{f"{kind}_card": dg.MetadataValue.path(str(path)) for kind, path in cards.items()},
                 **waiting_metadata(context, run.store.folder, "champion"),
+                "status": "serves",
                 "reused": not promoted.new,
             },
         )
