@@ -343,8 +343,8 @@ def _check_kept(experiment: Any) -> None:
     """Raises TrackingError when a person deleted the experiment: it takes nothing, and its name is not free."""
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
-            f"the experiment '{experiment.name}' (id {experiment.experiment_id}) was deleted in MLflow. Restore it with "
-            f"`MLFLOW_TRACKING_URI={without_password(tracking_uri())} mlflow experiments restore -x "
+            f"the experiment '{experiment.name}' (id {experiment.experiment_id}) was deleted in MLflow. Restore it "
+            f"with `MLFLOW_TRACKING_URI={without_password(tracking_uri())} mlflow experiments restore -x "
             f"{experiment.experiment_id}`, or name another under `tracking.experiment`",
             passing=True,
         )

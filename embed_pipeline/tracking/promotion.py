@@ -81,9 +81,7 @@ def promote(store: PipelineStore, candidate: Candidate, track: Track, *, by: str
             except TrackingError as error:
                 if not error.passing:
                     raise
-                logger.warning(
-                    "MLflow was not asked where its aliases stand, who serves does so all the same: %s", error
-                )
+                logger.warning("the champion serves, but MLflow was not asked where its aliases stand: %s", error)
             promotion = history.promotions[-1]
             assert promotion.champion is not None
             return Promoted(promotion, promotion.champion, new=False)

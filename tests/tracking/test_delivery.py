@@ -231,7 +231,7 @@ def test_a_deleted_experiment_is_told_with_what_restores_it_and_has_everything_a
         experiment = run.experiment_id
         client_of().delete_experiment(experiment)
         log(run, range(1, 4))
-    restore = f"the experiment 'support' (id {experiment}) was deleted in MLflow. Restore it with"
+    restore = f"the experiment 'support' (id {experiment}) was deleted in MLflow. Restore it"
     command = f"mlflow experiments restore -x {experiment}"
     assert restore in caplog.text
     assert command in caplog.text

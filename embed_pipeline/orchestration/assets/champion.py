@@ -9,6 +9,7 @@ import dagster as dg
 from embed_pipeline.artifacts import DIGITS, PipelineStore
 from embed_pipeline.champions import Promotion, pointer, read_waiting
 from embed_pipeline.errors import TrackingError
+from embed_pipeline.markdown import fenced
 from embed_pipeline.orchestration.automation import retry_policy
 from embed_pipeline.orchestration.reporting import readable_errors, waiting_metadata
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_champion, write_champion_cards
@@ -45,7 +46,7 @@ def champion_metadata(store: PipelineStore, promotion: Promotion) -> Mapping[str
         "embedder": champion.embedder,
         **({"reranker": champion.reranker} if champion.reranker else {}),
         **registered,
-        "load": dg.MetadataValue.md(f"```python\n{load_lines(store, champion)}\n```"),
+        "load": dg.MetadataValue.md(fenced(load_lines(store, champion), "python")),
         "pointer": dg.MetadataValue.path(str(pointer(store))),
     }
 
