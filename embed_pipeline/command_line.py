@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_in, store_root
@@ -48,7 +48,8 @@ def report(pipeline: str) -> None:
 
     store = _store(pipeline)
     evaluation = store.current("evaluation")
-    Console().print(terminal_table(evaluation.path))
+    evaluation.verify()  # figures that somebody changed are not shown as if they had been measured
+    _print(terminal_table(evaluation.path))
     for asset, version in evaluation.manifest.inputs.items():
         if asset == "cleaned_pairs":
             continue
@@ -170,7 +171,7 @@ def history(pipeline: str) -> None:
             entry.by,
             entry.reason,
         )
-    Console().print(table)
+    _print(table)
 
 
 @main.command()
@@ -283,6 +284,8 @@ def export_negatives(pipeline: str, format: Format, output: Path, source: str | 
     if negatives is not None and format != "tuples":
         raise click.ClickException(f"--negatives belongs to --format tuples, not to {format}")
     cleaned = store.get("cleaned_pairs", mined.input("cleaned_pairs"))
+    for artifact in (mined, cleaned):
+        artifact.verify()
     done = export(
         source_folder(cleaned.path, source),
         source_folder(mined.path, source),
@@ -315,6 +318,11 @@ def _on_the_hub(store: PipelineStore, serving: Champion) -> list[str]:
     old = "" if same else ", an earlier champion: materialize hub"
     pushed = PushReport.model_validate(last.report).pushed
     return [f"{'on the Hub':<15} {kind} {at.url}, {_minute(at.at)}{old}" for kind, at in pushed.items()]
+
+
+def _print(shown: RenderableType) -> None:
+    """Texts that people wrote (reasons, names) are shown as they are: brackets and colons in them mean nothing."""
+    Console(markup=False, emoji=False, highlight=False).print(shown)
 
 
 def _minute(at: str) -> str:

@@ -45,7 +45,8 @@ def per_query(qrels: Qrels, run: Run, metrics: Iterable[str] = METRICS) -> dict[
     are left out.
 
     Among equal scores the least relevant passage comes first, so that a model which cannot tell passages apart gains
-    nothing by it, whatever the order of a run, the ids or trec_eval's own tie rule. Grades may be fractions (see `_whole_grades`).
+    nothing by it, whatever the order of a run, the ids or trec_eval's own tie rule. Grades may be fractions (see
+    `_whole_grades`).
 
     Raises ValueError for an unknown metric, a NaN score, a grade that is no number, and qrels in which no query has a
     relevant passage: a metric that cannot be computed is not 0.
