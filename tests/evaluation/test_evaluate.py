@@ -388,7 +388,7 @@ def test_a_plot_shown_by_itself_has_colours() -> None:
 def test_a_collapsed_model_is_refused_and_told(
     cleaned: Path, models: ComparedModels, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    """All its answers are one number; the reranker's ties keep the order of an embedder that is better than its base."""
+    """All its answers are one number, and its ties keep the order of an embedder that is better than its base."""
     assert models.reranker is not None
     source = models.embedder if kind == "embedder" else models.reranker
     folder = tmp_path / kind
