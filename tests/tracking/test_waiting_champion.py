@@ -11,9 +11,11 @@ import mlflow
 import pytest
 from click.testing import CliRunner, Result
 
+from embed_pipeline import stages
 from embed_pipeline.champions import let_wait, pointer, read_history, read_waiting
 from embed_pipeline.command_line import main
 from embed_pipeline.errors import ArtifactError, GateError, TrackingError
+from embed_pipeline.orchestration.assets import champion as champion_module
 from embed_pipeline.orchestration.assets.champion import champion_asset
 from embed_pipeline.settings import PipelineSettings
 from embed_pipeline.stages import Pipeline
@@ -82,7 +84,9 @@ def test_a_candidate_waits_while_the_server_is_down_and_is_registered_when_it_is
 def test_the_asset_tells_that_it_waits_and_the_next_run_registers(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workshop.candidate(1)
+    candidate = workshop.candidate(1)
+    monkeypatch.setattr(stages, "_candidate", lambda pipeline: candidate)  # made without a pipeline's recipes
+    monkeypatch.setattr(champion_module, "write_champion_cards", lambda pipeline: {})
     settings = PipelineSettings.model_validate({**SETTINGS, "name": "support", "automation": {"retries": 0}})
     asset = champion_asset(Pipeline(settings, workshop.store.folder, workshop.store))
     key = dg.AssetKey(["support", "champion"])
