@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.cross_encoder.modules import LogitScore
 from small_architectures import ARCHITECTURES, write_base_model
 from small_problem import Trained
 
-from embed_pipeline.errors import ModelError
+from embed_pipeline.errors import ModelError, TrainingError
 from embed_pipeline.models.embedder import Embedder
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.settings import EncodingSettings
@@ -112,6 +114,20 @@ def test_flag_embedding_loads_what_was_trained(
     pairs = list(zip(QUERIES, PASSAGES, strict=True))
     flag = FlagReranker(str(trained.model), max_length=96, use_fp16=False, devices="cpu").compute_score(pairs)
     np.testing.assert_allclose(flag, Reranker(trained.model, precision="float32").score(pairs), atol=1e-5)
+
+
+def test_flag_embedding_refuses_a_decoder_that_scores_by_words(
+    train_here: Callable[..., Trained], base_model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    words = Transformer(str(base_model_of("Mistral")), transformer_task="text-generation")
+    words.tokenizer.pad_token = "</s>"
+    CrossEncoder(modules=[words, LogitScore(5, 6)], device="cpu").save_pretrained(str(tmp_path / "model"))
+    with pytest.raises(TrainingError, match=r"scores by the logits of words.*Set engine: sentence-transformers"):
+        train_here(
+            "reranker",
+            lambda job: job.model_copy(update={"base_model": tmp_path / "model"}),
+            **{"engine": "flag-embedding", "max_steps": 1, "query_max_length": 32, "passage_max_length": 64},
+        )
 
 
 def test_a_padding_token_without_an_embedding_gives_way_to_the_end_of_sequence(

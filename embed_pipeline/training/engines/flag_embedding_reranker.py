@@ -12,6 +12,7 @@ from FlagEmbedding.abc.finetune.reranker import (
 from FlagEmbedding.finetune.reranker.encoder_only.base import EncoderOnlyRerankerRunner
 from sentence_transformers import CrossEncoder
 
+from embed_pipeline.errors import TrainingError
 from embed_pipeline.library_arguments import arguments_for
 from embed_pipeline.models.folder import pair_length
 from embed_pipeline.models.padding import set_padding
@@ -34,6 +35,11 @@ def prepare(job: RerankerJob, rank: Rank, sources: list[TrainingSource], work: P
     settings = job.settings
     check_steps(job, rank, sum(source.size for source in sources), "queries")
     model = load_cross_encoder(job, rank.device)
+    if getattr(model[0], "transformer_task", None) != "sequence-classification":
+        raise TrainingError(
+            f"reranker.engine: flag-embedding trains models with a head of one score, but {job.base_model} scores by "
+            "the logits of words, as its modules.json says. Set engine: sentence-transformers, or take another base"
+        )
     # Its maximum is the sum of the two: cut it to what the model has positions for.
     passage_max_len = pair_length(job.base_model, settings) - settings.query_max_length
 
