@@ -48,6 +48,7 @@ def test_the_loss_is_a_softmax_of_cosines_over_the_temperature(
     job = job_of("embedder", tmp_path, engine=engine, temperature=temperature, dropout=0.0)
     prepared = prepare(job)
     trainer, model = prepared.trainer, prepared.trainer.model
+    model.train()  # FlagEmbedding has a loss then only; without dropout nothing else changes
     batch = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
         found = float(trainer.compute_loss(model, dict(batch)))
