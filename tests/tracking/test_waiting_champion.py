@@ -76,7 +76,7 @@ def test_a_candidate_waits_while_the_server_is_down_and_is_registered_when_it_is
     assert read_history(workshop.store).promotions[0].by == "test"
     client = mlflow.MlflowClient(server.database_uri)
     assert len(client.search_model_versions("name = 'support-embedder'")) == 1
-    assert client.get_registered_model("support-embedder").aliases == {"champion": "1"}
+    assert Registry().aliases(["support-embedder"])["support-embedder", "champion"] == "1"
     assert not disagreements(workshop.store)
     assert "waits" not in run("versions", "support").output
 
