@@ -7,6 +7,8 @@
         reranker -> ../../reranker/<version>/model, where the pipeline has one
         serving.json                               with it: the embedder's share in the final score
 
+    <store>/<pipeline>/promotions/waiting.json     a candidate that passed the gate while MLflow did not answer
+
 An entry is written beside the history first and comes into force when the link is moved, in one rename. An entry that
 the link never reached is a promotion that was cut short: it does not count, and the next one takes its number.
 """
@@ -14,6 +16,7 @@ the link never reached is a promotion that was cut short: it does not count, and
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,9 +31,12 @@ from embed_pipeline.artifacts import Artifact, PipelineStore
 from embed_pipeline.errors import ArtifactError
 from embed_pipeline.training.job import MODEL_FOLDER, SERVING_FILE
 
+logger = logging.getLogger(__name__)
+
 POINTER = "champion"
 PROMOTIONS = "promotions"
 PROMOTION_FILE = "promotion.json"
+WAITING_FILE = "waiting.json"
 
 Event = Literal["promoted", "rolled_back", "retired"]
 
@@ -144,6 +150,35 @@ class History(BaseModel):
         return None
 
 
+class Waiting(BaseModel):
+    """A candidate that passed the gate and is not registered yet, because MLflow did not answer."""
+
+    model_config = ConfigDict(frozen=True)
+
+    embedder_asset: str
+    embedder: str  # versions in the store
+    reranker: str | None
+    evaluation: str  # what let it pass
+    smoke_test: bool
+    since: str  # UTC, ISO 8601
+    by: str  # who asked for the promotion
+    because: str  # what MLflow, or what stands before it, answered
+
+    @property
+    def versions(self) -> tuple[tuple[str, str], ...]:
+        """(asset, version) in the store: the models, and the evaluation that let them pass."""
+        reranker = (("reranker", self.reranker),) if self.reranker else ()
+        return ((self.embedder_asset, self.embedder), *reranker, ("evaluation", self.evaluation))
+
+    def sentence(self, pipeline: str) -> str:
+        reranker = f", reranker {self.reranker}" if self.reranker else ""
+        return (
+            f"embedder {self.embedder}{reranker} passed the gate and waits for MLflow since {self.since}, because: "
+            f"{self.because}. Nothing has moved: who served before still serves. It is registered by the next run of "
+            f"{pipeline}/champion, or by `embed-pipeline replay-metrics {pipeline}`, once MLflow answers"
+        )
+
+
 def pair_key(embedder: Artifact, reranker: Artifact | None) -> str:
     """What `Champion.key` would be for these two, or for the embedder alone."""
     return _key(embedder.version, reranker.version if reranker else None)
@@ -233,7 +268,31 @@ def record(
     link.unlink(missing_ok=True)
     link.symlink_to(Path(PROMOTIONS) / folder.name)
     link.replace(pointer(store))
+    (store.folder / PROMOTIONS / WAITING_FILE).unlink(missing_ok=True)  # whoever waited was compared with another
     return promotion
+
+
+def read_waiting(store: PipelineStore) -> Waiting | None:
+    """The candidate that waits for MLflow, if one does."""
+    path = store.folder / PROMOTIONS / WAITING_FILE
+    try:
+        return Waiting.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # a note to a person: the evaluation decides what is promoted
+        logger.warning("%s cannot be read, who waits for MLflow is not told: %s", path, error)
+        return None
+
+
+def let_wait(store: PipelineStore, waiting: Waiting | None) -> None:
+    """Note who waits for MLflow, in place of whoever waited before; None: nobody. Inside of `changing`."""
+    path = store.folder / PROMOTIONS / WAITING_FILE
+    if waiting is None:
+        path.unlink(missing_ok=True)
+        return
+    whole = path.with_suffix(".json~")
+    whole.write_text(waiting.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    whole.replace(path)
 
 
 def models_of(store: PipelineStore, champion: Champion) -> tuple[Artifact, ...]:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_in, store_root
-from embed_pipeline.champions import Champion, Promotion, models_of, read_history
+from embed_pipeline.champions import Champion, Promotion, models_of, read_history, read_waiting
 from embed_pipeline.errors import UserError
 from embed_pipeline.launch.nodes import NODES_FOLDER, join
 from embed_pipeline.libraries import COMPUTED, LIBRARIES_OF_MODELS, upgrades_since
@@ -50,7 +50,8 @@ def report(pipeline: str) -> None:
 
     store = _store(pipeline)
     evaluation = store.current("evaluation")
-    Console().print(terminal_table(evaluation.path))
+    evaluation.verify()  # figures that somebody changed are not shown as if they had been measured
+    _print(terminal_table(evaluation.path))
     for asset, version in evaluation.manifest.inputs.items():
         if asset == "cleaned_pairs":
             continue
@@ -76,6 +77,8 @@ def versions(pipeline: str | None) -> None:
                 click.echo(f"{mark} {_title(artifact):<50} {made} UTC  {_size(artifact.size()):>7}")
                 for name, version in artifact.manifest.inputs.items():
                     click.echo(f"      from {name} {version}")
+        if (waits := read_waiting(store)) is not None:
+            click.echo(f"! {store.pipeline}/champion: {waits.sentence(store.pipeline)}")
 
 
 @main.command()
@@ -139,6 +142,8 @@ def champion(pipeline: str, verify: bool, settle: bool) -> None:
     if settle:
         for sentence in promotion.settle(store):
             click.echo(f"settled: {sentence}")
+    if (waits := read_waiting(store)) is not None:
+        click.echo(f"waiting: {waits.sentence(pipeline)}", err=True)
     if not history.promotions:
         raise click.ClickException(f"nothing was promoted in {pipeline} yet: materialize {pipeline}/champion")
     last, serving = history.promotions[-1], history.champion
@@ -185,7 +190,7 @@ def history(pipeline: str) -> None:
             entry.by,
             entry.reason,
         )
-    Console().print(table)
+    _print(table)
 
 
 @main.command()
@@ -217,7 +222,7 @@ def retire(pipeline: str, reason: str) -> None:
 def prune(pipeline: str, yes: bool) -> None:
     """Delete versions that nothing in use was made from, leftovers of runs, and cached embeddings.
 
-    In use are the current versions, the champion, and the one that a rollback goes back to.
+    In use are the current versions, the champion, the one that a rollback goes back to, and one that waits for MLflow.
     """
     store = _store(pipeline)
     if making := store.in_the_making():
@@ -227,7 +232,10 @@ def prune(pipeline: str, yes: bool) -> None:
         )
     history = read_history(store)
     serving = [champion for champion in (history.champion, history.previous) if champion is not None]
-    old = store.prunable(keep=[version for champion in serving for version in champion.versions])
+    keep = [version for champion in serving for version in champion.versions]
+    if (waits := read_waiting(store)) is not None:
+        keep += waits.versions
+    old = store.prunable(keep=keep)
     for artifact in old:
         click.echo(f"{_verb(yes)} {_title(artifact)} ({_size(artifact.size())})")
         if yes:
@@ -243,9 +251,10 @@ def prune(pipeline: str, yes: bool) -> None:
 @main.command("replay-metrics")
 @click.argument("pipeline")
 def replay_metrics(pipeline: str) -> None:
-    """Send what MLflow was not told of PIPELINE's runs while it was away. Exit code 1 where something still waits.
+    """Send what MLflow was not told of PIPELINE's runs while it was away, and promote a candidate that waits for it.
 
-    The next run of the pipeline does so by itself; runs that are at work are left alone.
+    Exit code 1 where something still waits. The next run of the pipeline sends by itself, and that of its champion
+    promotes; runs that are at work are left alone.
     """
     from embed_pipeline.tracking.delivery import replay
     from embed_pipeline.tracking.journal import waiting
@@ -261,6 +270,14 @@ def replay_metrics(pipeline: str) -> None:
         where = without_password(tracking_uri())
         raise click.ClickException(f"MLflow at {where} was not told: {'; '.join(one.sentence for one in left)}")
     click.echo(f"MLflow has everything of {pipeline}")
+    if read_waiting(store) is not None:
+        from embed_pipeline.settings import TrackingSettings
+        from embed_pipeline.tracking.promotion import promote_waiting
+        from embed_pipeline.tracking.runs import tracked_run
+
+        promoted = promote_waiting(store, lambda: tracked_run(TrackingSettings(), store, "champion", None))
+        assert promoted is not None
+        click.echo(f"{promoted.champion.title}: waited for MLflow, serves now")
 
 
 @main.command("export-negatives")
@@ -286,6 +303,8 @@ def export_negatives(pipeline: str, format: Format, output: Path, source: str | 
     if negatives is not None and format != "tuples":
         raise click.ClickException(f"--negatives belongs to --format tuples, not to {format}")
     cleaned = store.get("cleaned_pairs", mined.input("cleaned_pairs"))
+    for artifact in (mined, cleaned):
+        artifact.verify()
     done = export(
         source_folder(cleaned.path, source),
         source_folder(mined.path, source),
@@ -318,6 +337,11 @@ def _on_the_hub(store: PipelineStore, serving: Champion) -> list[str]:
     old = "" if same else ", an earlier champion: materialize hub"
     pushed = PushReport.model_validate(last.report).pushed
     return [f"{'on the Hub':<15} {kind} {at.url}, {_minute(at.at)}{old}" for kind, at in pushed.items()]
+
+
+def _print(shown: RenderableType) -> None:
+    """Texts that people wrote (reasons, names) are shown as they are: brackets and colons in them mean nothing."""
+    Console(markup=False, emoji=False, highlight=False).print(shown)
 
 
 def _minute(at: str) -> str:

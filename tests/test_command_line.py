@@ -183,6 +183,45 @@ def test_rollback_and_retirement_are_commands_and_stand_in_the_history(in_servic
     assert "has no champion since" in run("champion", "support").output
 
 
+@pytest.mark.parametrize("harm", ["edited", "truncated", "missing", "added"])
+def test_a_report_of_files_that_were_changed_is_not_shown(in_service: Workshop, harm: str) -> None:
+    evaluation = in_service.store.current("evaluation")
+    path = evaluation.path / "evaluators.json"
+    if harm == "edited":
+        path.write_text(path.read_text().replace("0.", "1."))
+    elif harm == "truncated":
+        path.write_text(path.read_text()[:-9])
+    elif harm == "missing":
+        path.unlink()
+    else:
+        path = evaluation.path / "summary.json"
+        path.write_text("[]")
+
+    told = run("report", "support")
+
+    assert told.exit_code == 1
+    assert str(path) in told.output
+    assert f"support/evaluation version {evaluation.version}" in told.output
+    assert "materialize the asset again" in told.output
+
+
+def test_hard_negatives_of_changed_files_are_not_exported(store: PipelineStore, tmp_path: Path) -> None:
+    cleaned = model(store, "cleaned_pairs", "a")
+    model(store, "hard_negatives", "b", cleaned)
+    (cleaned.path / "model" / "weights").write_text("other rows")
+
+    told = run("export-negatives", "support", "--format", "pairs", "--output", str(tmp_path / "pairs.parquet"))
+
+    assert told.exit_code == 1
+    assert f"{cleaned.path / 'model' / 'weights'} was changed after support/cleaned_pairs" in told.output
+    assert not (tmp_path / "pairs.parquet").exists()
+
+
+def test_a_reason_with_brackets_is_shown_as_it_is(in_service: Workshop) -> None:
+    assert run("rollback", "support", "--reason", "see [/ticket] :warning: [bold]4711").exit_code == 0
+    assert "see [/ticket] :warning: [bold]4711" in run("history", "support").output
+
+
 def test_nothing_promoted_yet_is_told(store: PipelineStore) -> None:
     publish(store, 1)
     assert "nothing was promoted in support yet" in run("champion", "support").output

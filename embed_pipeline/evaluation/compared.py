@@ -37,6 +37,7 @@ from embed_pipeline.evaluation.systems import (
 from embed_pipeline.evaluation.verdict import SYSTEM_NAMES
 from embed_pipeline.mining.report import ScoreSummary, score_summary
 from embed_pipeline.mining.retrieve import sample_rows
+from embed_pipeline.models.collapse import is_collapsed, told
 from embed_pipeline.models.collection import Collection
 from embed_pipeline.models.embedder import Embedder
 from embed_pipeline.models.folder import has_trained_head
@@ -123,6 +124,7 @@ class Rankings:
         self.scores: dict[str, ScoreSummary] = {}
         self.embedder_weight: float | None = None
         self.dev_by_weight: dict[str, float] = {}
+        self.collapsed: list[str] = []  # a sentence for each of the candidate's models
 
     def by_champion(self) -> None:
         champion = self.models.champion
@@ -152,6 +154,8 @@ class Rankings:
         }
         for system, (folder, encoding) in folders.items():
             embedded = self._embed(system, folder, encoding)
+            if system == EMBEDDER and is_collapsed(embedded.ranking.scores):
+                self.collapsed.append(told("the fine-tuned embedder"))
             self.scores[system] = score_summary(
                 {"positive": embedded.positive_scores, "best other passage": embedded.best_other_scores}
             )
@@ -187,6 +191,8 @@ class Rankings:
         if self.models.reranker is not None:
             self.embedder_weight, self.dev_by_weight = read_serving(self.models.reranker)
             logits = self._rerank(RERANKER, candidates, self.models.reranker / MODEL_FOLDER, None)
+            if is_collapsed(logits):
+                self.collapsed.append(told("the fine-tuned reranker"))
             self.rankings[RERANKER] = reordered(candidates, logits, self.embedder_weight)
             self.milliseconds[RERANKER] += self.milliseconds[EMBEDDER]
             if self.embedder_weight > 0:

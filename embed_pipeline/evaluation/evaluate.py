@@ -122,7 +122,10 @@ def evaluate(
         seed,
         seen_by_champion=models.champion.seen if models.champion else (),
         guards=beside.guard_results(),
+        collapsed=ranked.collapsed,
     )
+    for sentence in ranked.collapsed:
+        logger.warning("%s", sentence)
     made_from = dict(versions or {})
     now = datetime.now(UTC).isoformat(timespec="seconds")
     this = point_of(THIS, now, made_from.get("cleaned_pairs", ""), summary, gate.metric, verdict.outcome)

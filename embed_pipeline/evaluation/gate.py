@@ -106,12 +106,14 @@ def judge(
     *,
     seen_by_champion: Collection[str] = (),
     guards: Sequence[GuardResult] = (),
+    collapsed: Sequence[str] = (),
 ) -> GateReport:
     """The verdict on the systems EMBEDDER and, where it is there, RERANKER of `values`.
 
     A candidate without a reranker is compared with the pair that serves, if a pair does. Queries in `seen_by_champion`
-    (it was trained on them) are left out where the champion is compared. A figure that is not a number is a refusal,
-    whatever the others say.
+    (it was trained on them) are left out where the champion is compared. `collapsed` tells of models of the candidate
+    that give every passage the same score: a refusal, though ties may have a good figure by chance. A figure that is
+    not a number is a refusal, whatever the others say.
     """
     if not isinstance(values, Similarities) and (broken := _not_a_number(values)):
         return _refused([broken], [], guards, settings)
@@ -120,7 +122,7 @@ def judge(
     of_champion = (CHAMPION_EMBEDDER, CHAMPION_PAIR)
     if CHAMPION_EMBEDDER in values and all(judged.against not in of_champion for judged in judgements):
         fewest = 0  # the champion was trained on every question
-    unmet = [judged.sentence for judged in judgements if not judged.met]
+    unmet = [*collapsed, *(judged.sentence for judged in judgements if not judged.met)]
     if any(found.against == CHAMPION_PAIR and found.found.system == EMBEDDER and not found.met for found in judgements):
         unmet.append(
             "what serves has a reranker and the candidate has none. Where that is meant, take the champion out of "

@@ -44,8 +44,9 @@ def per_query(qrels: Qrels, run: Run, metrics: Iterable[str] = METRICS) -> dict[
     that `run` lacks, or ranks nothing for, scores 0: finding nothing is a result. Queries of `run` without a judgement
     are left out.
 
-    Equal scores are ordered by passage id, ascending, so that a value depends neither on the order in which a run was
-    built nor on trec_eval's own tie rule. Grades may be fractions (see `_whole_grades`).
+    Among equal scores the least relevant passage comes first, so that a model which cannot tell passages apart gains
+    nothing by it, whatever the order of a run, the ids or trec_eval's own tie rule. Grades may be fractions (see
+    `_whole_grades`).
 
     Raises ValueError for an unknown metric, a NaN score, a grade that is no number, and qrels in which no query has a
     relevant passage: a metric that cannot be computed is not 0.
@@ -58,7 +59,11 @@ def per_query(qrels: Qrels, run: Run, metrics: Iterable[str] = METRICS) -> dict[
     grades = {query_id: judged for query_id, judged in grades.items() if any(judged.values())}
     if not grades:
         raise ValueError(f"no metric can be computed: none of the {len(qrels)} judged queries has a relevant passage")
-    ranked = {query_id: _scores_of_ranks(query_id, run[query_id]) for query_id in grades if run.get(query_id)}
+    ranked = {
+        query_id: _scores_of_ranks(query_id, run[query_id], grades[query_id])
+        for query_id in grades
+        if run.get(query_id)
+    }
     values = {name: dict.fromkeys(grades, 0.0) for name in wanted}
     name_of = {_MEASURES[name]: name for name in wanted}
     for result in ir_measures.pytrec_eval.evaluator(list(name_of), grades).iter_calc(ranked):
@@ -71,11 +76,11 @@ def ndcg_at_10(qrels: Qrels, run: Run) -> dict[str, float]:
     return per_query(qrels, run, ["ndcg_at_10"])["ndcg_at_10"]
 
 
-def _scores_of_ranks(query_id: str, scores: Mapping[str, float]) -> dict[str, float]:
+def _scores_of_ranks(query_id: str, scores: Mapping[str, float], grades: Mapping[str, int]) -> dict[str, float]:
     for passage_id, score in scores.items():
         if math.isnan(score):
             raise ValueError(f"the score of passage '{passage_id}' for query '{query_id}' is NaN; a run needs numbers")
-    order = sorted(scores, key=lambda passage_id: (-scores[passage_id], passage_id))
+    order = sorted(scores, key=lambda passage_id: (-scores[passage_id], grades.get(passage_id, 0), passage_id))
     return {passage_id: float(len(order) - rank) for rank, passage_id in enumerate(order)}
 
 

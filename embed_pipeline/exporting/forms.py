@@ -11,7 +11,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from embed_pipeline.errors import ConfigurationError
-from embed_pipeline.publishing.tables import markdown_rows, metric_name
+from embed_pipeline.markdown import code, escaped
+from embed_pipeline.markdown import table as markdown_table
+from embed_pipeline.publishing.tables import metric_name
 from embed_pipeline.settings import ExportSettings
 
 REPORT_FILE = "exports.json"
@@ -147,11 +149,11 @@ def markdown(report: ExportReport) -> str:
     over = f" over {report.passages:,} passages" if report.passages else ""
     what = "questions" if report.passages else "pairs"
     told = [
-        markdown_rows(header, rows),
+        markdown_table(header, rows),
         "",
         f"Measured on {report.items:,} {what} of the test split{over}; the original computes in {report.precision}. "
         "Differences are to the original on the same texts; speeds are of the same passages on this machine's CPU.",
-        *(f"- `{form.name}` is not published: it {form.reason}." for form in report.forms if form.reason),
+        *(f"- {code(form.name)} is not published: it {escaped(form.reason)}." for form in report.forms if form.reason),
     ]
     if report.reranker is not None:
         told.append(_reranker_line(report.reranker))
@@ -160,7 +162,7 @@ def markdown(report: ExportReport) -> str:
 
 def _reranker_line(found: RerankerResult) -> str:
     if not found.published:
-        return f"- `{RERANKER_FORM}` is not published: it {found.reason}."
+        return f"- `{RERANKER_FORM}` is not published: it {escaped(found.reason)}."
     return f"- `{RERANKER_FORM}`: scores differ by {found.largest_difference:.1e} at most, {size(found.bytes_on_disk)}."
 
 

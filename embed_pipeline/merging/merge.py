@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from embed_pipeline.evaluation.evaluators import EmbedderEvaluators, MeasuredSource, embedder_evaluators
 from embed_pipeline.evaluation.guard_sets import GuardScore, GuardSet
+from embed_pipeline.markdown import escaped, table
 from embed_pipeline.merging.plot import trade_off_curve
 from embed_pipeline.merging.trade_off import (
     CURVE_FILE,
@@ -185,8 +186,6 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _write_card(fine_tuned: Path, report: MergingReport, target: Path) -> None:
-    header, rows = trade_off_table(report)
-    lines = [header, ["---"] * len(header), *rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    told = f"{escaped(report.sentence)}\n\n{table(*trade_off_table(report))}"
     target.unlink(missing_ok=True)
-    target.write_text(f"{fine_tuned.read_text()}\n## Merging with the base\n\n{report.sentence}\n\n{table}\n")
+    target.write_text(f"{fine_tuned.read_text()}\n## Merging with the base\n\n{told}\n")

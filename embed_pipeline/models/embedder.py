@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from embed_pipeline.errors import ModelError
 from embed_pipeline.models.blocks import BATCH_SIZE
 from embed_pipeline.models.folder import usable_length
 from embed_pipeline.models.job import EncodingJob, Task
+from embed_pipeline.models.padding import set_padding
 from embed_pipeline.models.precision import ResolvedPrecision, autocast, default_device, resolve_precision
 from embed_pipeline.models.ranks import ALONE, Ranks, model_digest, set_aside, texts_digest
 from embed_pipeline.settings import EncodingSettings, Precision
@@ -41,6 +43,8 @@ def load_sentence_transformer(
     model = SentenceTransformer(
         str(folder), device=device or default_device(), trust_remote_code=trust_remote_code, local_files_only=True
     )
+    if isinstance(model[0], Transformer):  # else a model of static embeddings, or of several encoders
+        set_padding(model.tokenizer, model[0].auto_model, folder)
     if encoding.query_prompt is not None:
         model.prompts["query"] = encoding.query_prompt
     if encoding.passage_prompt is not None:

@@ -13,7 +13,7 @@ from embed_pipeline.settings import RerankerSettings
 logger = logging.getLogger(__name__)
 
 # Their positions are numbered from pad_token_id + 1 (of 514 in XLM-R, 512 are usable).
-_POSITIONS_AFTER_PADDING = {
+POSITIONS_AFTER_PADDING = {
     *("camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm"),
     *("xlm-roberta", "xlm-roberta-xl", "xmod"),
 }
@@ -29,8 +29,9 @@ def usable_length(folder: Path) -> int | None:
     config = config.get("text_config") or config
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if isinstance(positions, int) and positions > 0:
-        after_padding = config.get("model_type") in _POSITIONS_AFTER_PADDING
-        return positions - (config.get("pad_token_id", 1) + 1) if after_padding else positions
+        after_padding = config.get("model_type") in POSITIONS_AFTER_PADDING
+        padding = config.get("pad_token_id")
+        return positions - ((1 if padding is None else padding) + 1) if after_padding else positions
     limit = _read(folder / "tokenizer_config.json").get("model_max_length")
     # Tokenizers without a limit say 1e30.
     return int(limit) if limit is not None and limit < 1e9 else None
@@ -63,6 +64,12 @@ def has_trained_head(folder: Path) -> bool:
         return True
     modules = folder / "modules.json"
     return modules.is_file() and "cross_encoder" in modules.read_text()
+
+
+def writes_text(folder: Path) -> bool:
+    """Whether a model folder is a plain decoder that predicts words, and does not say how it would score pairs."""
+    architectures = _read(folder / "config.json").get("architectures") or ()
+    return any(name.endswith("ForCausalLM") for name in architectures[:1]) and not has_trained_head(folder)
 
 
 def _read(path: Path) -> dict[str, Any]:

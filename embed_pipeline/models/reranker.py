@@ -9,15 +9,42 @@ from pathlib import Path
 import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
+from sentence_transformers.base.modules import Transformer
 
 from embed_pipeline.models.blocks import BATCH_SIZE, Texts
-from embed_pipeline.models.folder import usable_length
+from embed_pipeline.models.folder import usable_length, writes_text
 from embed_pipeline.models.job import ScoringJob
+from embed_pipeline.models.padding import set_padding
 from embed_pipeline.models.precision import ResolvedPrecision, autocast, default_device, resolve_precision
 from embed_pipeline.models.ranks import ALONE, Ranks, model_digest, set_aside, texts_digest
 from embed_pipeline.settings import Precision
 
 logger = logging.getLogger(__name__)
+
+
+def load_cross_encoder_folder(folder: Path, *, device: str, trust_remote_code: bool = False) -> CrossEncoder:
+    """Load a model folder as a cross-encoder of one score a pair, with a padding token.
+
+    An encoder, or a decoder that writes text, gets a fresh head from torch's current seed; a folder that says itself
+    how it scores is left as it is.
+    """
+    if writes_text(folder):
+        # The library would score such a model by its logits of "yes" and "no", for which it needs a prompt.
+        shared = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        transformer = Transformer(
+            str(folder),
+            transformer_task="sequence-classification",
+            model_kwargs=shared,
+            processor_kwargs=shared,
+            config_kwargs={**shared, "num_labels": 1},
+        )
+        model = CrossEncoder(modules=[transformer], device=device, trust_remote_code=trust_remote_code)
+    else:
+        model = CrossEncoder(
+            str(folder), num_labels=1, device=device, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    set_padding(model.tokenizer, model[0].auto_model, folder)
+    return model
 
 
 class Reranker:
@@ -51,14 +78,9 @@ class Reranker:
         self.max_length, self._trust_remote_code = max_length, trust_remote_code
         if seed is not None:
             torch.manual_seed(seed)
-        self.model = CrossEncoder(
-            str(folder),
-            num_labels=1,
-            max_length=max_length,
-            device=self.device,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-        )
+        self.model = load_cross_encoder_folder(folder, device=self.device, trust_remote_code=trust_remote_code)
+        if max_length is not None:
+            self.model.max_seq_length = max_length
         self.model.eval()
         self._digest: str | None = None
 

@@ -14,6 +14,7 @@ from embed_pipeline.artifacts import Artifact, Produced
 from embed_pipeline.errors import UserError
 from embed_pipeline.launch.parent_death import end_with_parent
 from embed_pipeline.libraries import upgrades_since
+from embed_pipeline.markdown import escaped, table
 from embed_pipeline.tracking.journal import told_where, waiting
 from embed_pipeline.training.job import MODEL_FOLDER
 
@@ -87,7 +88,7 @@ def training_metadata(model: Artifact) -> dict[str, Any]:
     }
     figures |= {f"truncated_{kind}": share for kind, share in model.report.get("truncated", {}).items()}
     if warnings := model.report.get("warnings"):
-        figures["warnings"] = dg.MetadataValue.md("\n".join(f"- {warning}" for warning in warnings))
+        figures["warnings"] = dg.MetadataValue.md("\n".join(f"- {escaped(warning)}" for warning in warnings))
     return {**figures, "curve": curve, "card": dg.MetadataValue.md(card.partition("---\n")[2].partition("---\n")[2])}
 
 
@@ -121,19 +122,11 @@ def gate_metadata(gate: GateReport) -> dict[str, Any]:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> dg.MarkdownMetadataValue:
-    """A table in the UI; cells are escaped so that a user's text cannot break it."""
-    lines = [list(header), ["---"] * len(header), *rows]
-    return dg.MetadataValue.md("\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines))
+    """A table in the UI, whatever a user's texts hold; long ones are cut."""
+    return dg.MetadataValue.md(table(header, rows, longest=300))
 
 
 def picture(svg: str, title: str) -> dg.MarkdownMetadataValue:
     """An SVG inline in the UI (Dagster strips <img> tags but shows data URIs)."""
     encoded = base64.b64encode(svg.encode()).decode()
     return dg.MetadataValue.md(f"![{title}](data:image/svg+xml;base64,{encoded})")
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    text = str(value).replace("|", "\\|").replace("\n", " ")
-    return text if len(text) <= 300 else text[:299] + "…"

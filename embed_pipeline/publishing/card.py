@@ -26,9 +26,10 @@ from embed_pipeline.evaluation.comparison import Comparison
 from embed_pipeline.evaluation.results import EVALUATORS_FILE, SourceFigure
 from embed_pipeline.evaluation.systems import read_serving
 from embed_pipeline.losses import DEFAULT_LOSSES
+from embed_pipeline.markdown import code, escaped, fenced, table
 from embed_pipeline.models.collection import load_collection
 from embed_pipeline.publishing.snippets import blend_snippet, embedder_notes, embedder_snippets, reranker_snippets
-from embed_pipeline.publishing.tables import markdown_rows, metric_name
+from embed_pipeline.publishing.tables import metric_name
 from embed_pipeline.settings import EncodingSettings, ModelSource, PipelineSettings, SourceSettings
 from embed_pipeline.tables import EXAMPLES_FILE, PASSAGES_FILE, QUERIES_FILE, SPLITS, extra_folder
 from embed_pipeline.training.job import JOB_FILE, MODEL_FOLDER, SERVING_FILE
@@ -205,7 +206,7 @@ def _figures(carded: Carded, kind: Kind, rows: Sequence[Comparison]) -> str:
     evaluation = carded.evaluation
     told = evaluation.manifest.recipe.settings.get("evaluation", {})
     confidence = told.get("confidence", carded.settings.evaluation.confidence)
-    table = [
+    figures = [
         (
             metric_name(row.metric),
             row.baseline_value,
@@ -220,8 +221,8 @@ def _figures(carded: Carded, kind: Kind, rows: Sequence[Comparison]) -> str:
     items = "questions" if carded.settings.source.is_retrieval else "pairs"
     header = ["metric", "base embedder", trained, "gain", f"{confidence:.0%} interval", items]
     return (
-        f"On the test split, that nothing was trained on:\n\n{markdown_rows(header, table)}\n\n"
-        f"The gate by which it became champion: {evaluation.report['gate']['sentence']}.\n\n"
+        f"On the test split, that nothing was trained on:\n\n{table(header, figures)}\n\n"
+        f"The gate by which it became champion: {escaped(evaluation.report['gate']['sentence'])}.\n\n"
         + _sources_measured(_source_figures(carded, kind))
     )
 
@@ -242,21 +243,26 @@ def _sources_measured(figures: Sequence[SourceFigure]) -> str:
         for figure in figures
     ]
     header = ["source and metric", "base", "fine-tuned", "difference", "interval"]
-    return f"sentence-transformers' evaluators, on the test split of each source:\n\n{markdown_rows(header, rows)}"
+    return f"sentence-transformers' evaluators, on the test split of each source:\n\n{table(header, rows)}"
 
 
 def _use(carded: Carded, kind: Kind, model: Artifact, job: dict[str, Any], repository: str | None) -> str:
     where, trusted = repository or "path/to/this/folder", bool(job["trust_remote_code"])
     if kind == "embedder":
         encoding = _encoding(model.path / MODEL_FOLDER, job["trust_remote_code"])
-        table = markdown_rows(
+        lengths = table(
             ["", "questions", "passages"],
             [
-                ("prompt, put before the text", _code(encoding.query_prompt), _code(encoding.passage_prompt)),
+                (
+                    "prompt, put before the text",
+                    code(encoding.query_prompt or "") or "none",
+                    code(encoding.passage_prompt or "") or "none",
+                ),
                 ("longest text in tokens", encoding.query_max_length, encoding.passage_max_length),
             ],
         )
-        about = f"{table}\n\nPooling: {encoding.pooling}; embeddings are normalised. All of it is saved in the folder."
+        pooling = f"Pooling: {encoding.pooling}; embeddings are normalised. All of it is saved in the folder."
+        about = f"{lengths}\n\n{pooling}"
         snippets, notes = embedder_snippets(where, encoding, trust_remote_code=trusted), embedder_notes(encoding)
     else:
         length = _pair_length(model.path / MODEL_FOLDER, job["trust_remote_code"])
@@ -266,10 +272,10 @@ def _use(carded: Carded, kind: Kind, model: Artifact, job: dict[str, Any], repos
             "question.\n\n"
             f"`{SERVING_FILE}` says how the final ranking is made: its `embedder_weight` ({weight:g}) is the share "
             "that the embedder's score keeps. Both models' scores of one question's candidates are standardised and "
-            f"added by it; 0 means that the reranker decides alone.\n\n{_fenced(blend_snippet(weight))}"
+            f"added by it; 0 means that the reranker decides alone.\n\n{fenced(blend_snippet(weight), 'python')}"
         )
         snippets, notes = reranker_snippets(where, length, trust_remote_code=trusted), []
-    codes = [f"### {library}\n\n{_fenced(code)}" for library, code in snippets.items()]
+    codes = [f"### {library}\n\n{fenced(snippet, 'python')}" for library, snippet in snippets.items()]
     return "\n\n".join([about, *codes, *notes])
 
 
@@ -295,14 +301,15 @@ def _limits(carded: Carded, kind: Kind, model: Artifact, job: dict[str, Any]) ->
         "questions were not, unless guard sets say so below.",
         "What is wrong or one-sided in the base model or in the data is likely to be found in it.",
     ]
-    guards = [f"Guard set {guard['sentence']}." for guard in carded.evaluation.report["gate"].get("guards", [])]
+    told = carded.evaluation.report["gate"].get("guards", [])
+    guards = [f"Guard set {escaped(guard['sentence'])}." for guard in told]
     return "\n".join(f"- {line}" for line in [*lines, *guards])
 
 
 def _examples_told(carded: Carded) -> str:
     rows = [(_short(query), _short(texts[0])) for query, texts in _examples(carded)]
     header = ["question", "passage"] if carded.settings.source.is_retrieval else ["sentence", "its pair"]
-    return f"Of the test split:\n\n{markdown_rows(header, rows)}" if rows else ""
+    return f"Of the test split:\n\n{table(header, rows)}" if rows else ""
 
 
 def _data(carded: Carded) -> str:
@@ -319,7 +326,7 @@ def _data(carded: Carded) -> str:
     rejected = cleaned.report.get("rejected_rows")
     told = f" {rejected:,} delivered rows of `{settings.name}` were left out, each with its reason." if rejected else ""
     return (
-        f"Questions (of example kinds: rows) that cleaning kept, by split:\n\n{markdown_rows(header, rows)}\n\n"
+        f"Questions (of example kinds: rows) that cleaning kept, by split:\n\n{table(header, rows)}\n\n"
         "No question, document or near-duplicate stands in two splits."
         f"{told} The data is version `{cleaned.version}` with content hash `{cleaned.content}`."
     )
@@ -335,7 +342,7 @@ def _training(carded: Carded, kind: Kind, model: Artifact, job: dict[str, Any]) 
         ("How it went", _scalars(_trained(carded.store, model).report)),
     ]
     return "\n\n".join(
-        f"### {title}\n\n```yaml\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()}\n```"
+        f"### {title}\n\n{fenced(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), 'yaml')}"
         for title, content in parts
         if content
     )
@@ -343,9 +350,9 @@ def _training(carded: Carded, kind: Kind, model: Artifact, job: dict[str, Any]) 
 
 def _versions(carded: Carded, model: Artifact) -> str:
     artifacts = [carded.cleaned, *_lineage(carded.store, model), carded.evaluation]
-    rows = [(a.manifest.asset, f"`{a.version}`", f"`{a.content}`", a.manifest.created_at) for a in artifacts]
+    rows = [(a.manifest.asset, code(a.version), code(a.content), a.manifest.created_at) for a in artifacts]
     libraries = ", ".join(f"{name} {version}" for name, version in sorted(model.manifest.libraries.items()))
-    return f"{markdown_rows(['', 'version', 'content', 'made'], rows)}\n\nMade with {libraries}."
+    return f"{table(['', 'version', 'content', 'made'], rows)}\n\nMade with {libraries}."
 
 
 # ----------------------------------------------------------------------------------------------------- facts
@@ -463,20 +470,12 @@ def _origin(base: dict[str, Any] | str) -> str:
     if source.hub is not None:
         return f"[{source.hub}](https://huggingface.co/{source.hub}) at revision `{source.revision}`"
     if source.package is not None:
-        return f"`{source.package}:{source.folder}`"
-    return f"the local model `{Path(str(source.path)).name}`"
+        return str(code(f"{source.package}:{source.folder}"))
+    return f"the local model {code(Path(str(source.path)).name)}"
 
 
 def _section(title: str, text: str) -> str:
     return f"## {title}\n\n{text.strip()}" if text.strip() else ""
-
-
-def _fenced(code: str) -> str:
-    return f"```python\n{code.strip()}\n```"
-
-
-def _code(text: str | None) -> str:
-    return f"`{text}`" if text else "none"
 
 
 def _short(text: str) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from embed_pipeline.artifacts import RUN_IS_OVER, home
+from embed_pipeline.errors import TrackingError
 from embed_pipeline.masking import without_password
 from embed_pipeline.tracking.journal import Journal, Mark, Waiting, journals, now, waiting, waiting_in
 from embed_pipeline.tracking.metrics import valid_name
@@ -140,6 +141,8 @@ class Sender:
             )
         self._failures_in_a_row += 1
         self._at_once = max(1, self._at_once // 4)  # a slow server may not answer to as many in time
+        with suppress(OSError):
+            self._mark(error=told)
         with self._changed:
             self.error = told
             self._failures += 1
@@ -178,7 +181,7 @@ class Sender:
         else:
             self._tell([entry for entry, _ in entries])
             changes = {}
-        self._mark(bytes=end, **changes)
+        self._mark(**{"bytes": end, "error": None, **changes})
         return True
 
     def _mark(self, **changes: Any) -> None:
@@ -196,6 +199,8 @@ class Sender:
         if not self._known_to_be_there:
             try:
                 if self._client.get_run(self.mark.run_id).info.lifecycle_stage != "active":
+                    assert self.mark.experiment_id is not None
+                    _check_kept(self._client.get_experiment(self.mark.experiment_id))
                     return True
             except MlflowException as error:
                 if error.error_code == "RESOURCE_DOES_NOT_EXIST":
@@ -329,9 +334,21 @@ def remove_if_over(journal: Journal) -> None:
 def _experiment(client: Any, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
+        _check_kept(found)
         return found.experiment_id
     location = None if tracking_uri().startswith("http") else (home() / "mlflow-artifacts").as_uri()
     return client.create_experiment(name, artifact_location=location)
+
+
+def _check_kept(experiment: Any) -> None:
+    """Raises TrackingError when a person deleted the experiment: it takes nothing, and its name is not free."""
+    if experiment.lifecycle_stage != "active":
+        raise TrackingError(
+            f"the experiment '{experiment.name}' (id {experiment.experiment_id}) was deleted in MLflow. Restore it "
+            f"with `MLFLOW_TRACKING_URI={without_password(tracking_uri())} mlflow experiments restore -x "
+            f"{experiment.experiment_id}`, or name another under `tracking.experiment`",
+            passing=True,
+        )
 
 
 def _parent_run(client: Any, experiment_id: str, pipeline: str, dagster_run_id: str | None, started: int) -> str:

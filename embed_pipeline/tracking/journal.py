@@ -37,6 +37,7 @@ class Mark(BaseModel):
     run_id: str | None = None
     experiment_id: str | None = None
     parent_id: str | None = None
+    error: str | None = None  # of the last try, None when it went well
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,14 @@ class Waiting:
     journal: Journal
     metrics: int
     others: int  # the run itself, parameters, inputs, the final status
+    error: str | None  # of the last try to send it
 
     @property
     def sentence(self) -> str:
         told = [f"{self.metrics} metrics"] if self.metrics else []
         told += [f"{self.others} other lines"] if self.others else []
-        return f"{' and '.join(told)} of {self.journal.asset} wait in {self.journal.path}"
+        because = f", because: {self.error}" if self.error else ""
+        return f"{' and '.join(told)} of {self.journal.asset} wait in {self.journal.path}{because}"
 
 
 def told_where(left: Sequence[Waiting], pipeline: str) -> str:
@@ -160,13 +163,14 @@ def waiting(store: Path, asset: str | None = None) -> list[Waiting]:
 
 def waiting_in(journal: Journal) -> Waiting | None:
     metrics = others = 0
+    mark = journal.mark
     try:
-        for entry, _ in journal.read(journal.mark.bytes):
+        for entry, _ in journal.read(mark.bytes):
             metrics += len(entry.get("metrics", ()))
             others += "metrics" not in entry
     except FileNotFoundError:  # all of it was sent just now
         return None
-    return Waiting(journal, metrics, others) if metrics or others else None
+    return Waiting(journal, metrics, others, mark.error) if metrics or others else None
 
 
 def now() -> int:

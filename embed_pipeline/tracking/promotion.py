@@ -14,6 +14,7 @@ import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 
 from embed_pipeline.artifacts import PipelineStore
@@ -23,11 +24,14 @@ from embed_pipeline.champions import (
     History,
     Promotion,
     RegisteredModel,
+    Waiting,
     changing,
+    let_wait,
     models_of,
     pair_key,
     pointer,
     read_history,
+    read_waiting,
     record,
 )
 from embed_pipeline.errors import ArtifactError, GateError, TrackingError
@@ -66,34 +70,64 @@ def promote(store: PipelineStore, candidate: Candidate, track: Track, *, by: str
 
     In a smoke test the gate's verdict does not count. Raises GateError when the candidate may not serve, ArtifactError
     when a file of it is not the one that was published, ModelError when what was registered is not what was evaluated,
-    TrackingError when MLflow does not answer; nothing has moved then.
+    TrackingError when MLflow does not answer; nothing has moved then. In the last case the candidate waits, see
+    `promote_waiting`.
     """
     with changing(store) as history:
         if _serves(history, candidate):
             candidate.verify()
-            _settle(Registry(), store, history)
+            try:
+                _settle(Registry(), store, history)
+            except TrackingError as error:
+                if not error.passing:
+                    raise
+                logger.warning("the champion serves, but MLflow was not asked where its aliases stand: %s", error)
             promotion = history.promotions[-1]
             assert promotion.champion is not None
             return Promoted(promotion, promotion.champion, new=False)
         gate = _verdict(store, candidate, history, smoke_test)
         candidate.verify()
-        with track() as tracked:
-            registry = Registry()
-            names = _names(store, candidate, smoke_test)
-            embedder, reranker = _registered(registry, store, candidate, names, tracked)
-            champion = Champion(
-                embedder_asset=candidate.embedder.manifest.asset,
-                embedder=candidate.embedder.version,
-                reranker=candidate.reranker.version if candidate.reranker else None,
-                cleaned_pairs=candidate.evaluation.input("cleaned_pairs"),
-                evaluation=candidate.evaluation.version,
-                verdict=gate.sentence,
-                registered_embedder=embedder,
-                registered_reranker=reranker,
-            )
-            registry.check(embedder, reranker, read_parity(candidate.evaluation.path))
-            promotion = _put_in_force(registry, store, history, "promoted", champion, by, gate.sentence, tracked)
+        try:
+            with track() as tracked:
+                registry = Registry()
+                names = _names(store, candidate, smoke_test)
+                embedder, reranker = _registered(registry, store, candidate, names, tracked)
+                champion = Champion(
+                    embedder_asset=candidate.embedder.manifest.asset,
+                    embedder=candidate.embedder.version,
+                    reranker=candidate.reranker.version if candidate.reranker else None,
+                    cleaned_pairs=candidate.evaluation.input("cleaned_pairs"),
+                    evaluation=candidate.evaluation.version,
+                    verdict=gate.sentence,
+                    registered_embedder=embedder,
+                    registered_reranker=reranker,
+                )
+                registry.check(embedder, reranker, read_parity(candidate.evaluation.path))
+                promotion = _put_in_force(registry, store, history, "promoted", champion, by, gate.sentence, tracked)
+        except TrackingError as error:
+            waiting = _waiting(candidate, by, smoke_test, read_waiting(store), error)
+            let_wait(store, waiting)
+            raise TrackingError(f"{store.pipeline}: {waiting.sentence(store.pipeline)}", passing=True) from error
         return Promoted(promotion, champion, new=True)
+
+
+def promote_waiting(store: PipelineStore, track: Track) -> Promoted | None:
+    """Promote the candidate that waits for MLflow; None where nobody waits. Raises the errors of `promote`.
+
+    One that may not serve any more, because another champion came or a file was changed, waits no longer.
+    """
+    waiting = read_waiting(store)
+    if waiting is None:
+        return None
+    try:
+        reranker = store.get("reranker", waiting.reranker) if waiting.reranker else None
+        embedder = store.get(waiting.embedder_asset, waiting.embedder)
+        candidate = Candidate(embedder, reranker, store.get("evaluation", waiting.evaluation))
+        return promote(store, candidate, track, by=waiting.by, smoke_test=waiting.smoke_test)
+    except (ArtifactError, GateError):
+        with changing(store):
+            let_wait(store, None)
+        raise
 
 
 def challenge(store: PipelineStore, candidate: Candidate, track: Track) -> None:
@@ -187,6 +221,23 @@ def person() -> str:
 
 
 # ------------------------------------------------------------------------------------------------- checks
+
+
+def _waiting(candidate: Candidate, by: str, smoke_test: bool, before: Waiting | None, error: TrackingError) -> Waiting:
+    """A candidate that waits already waits since then."""
+    embedder, reranker = candidate.embedder, candidate.reranker
+    waiting = Waiting(
+        embedder_asset=embedder.manifest.asset,
+        embedder=embedder.version,
+        reranker=reranker.version if reranker else None,
+        evaluation=candidate.evaluation.version,
+        smoke_test=smoke_test,
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
+        by=by,
+        because=str(error).partition("\n")[0][:500],
+    )
+    same = before is not None and before.evaluation == waiting.evaluation
+    return waiting.model_copy(update={"since": before.since}) if same and before else waiting
 
 
 def _serves(history: History, candidate: Candidate) -> bool:

@@ -8,6 +8,7 @@ import torch
 from sentence_transformers import CrossEncoder
 
 from embed_pipeline.models.folder import has_trained_head, pair_length
+from embed_pipeline.models.reranker import load_cross_encoder_folder
 from embed_pipeline.training.job import RerankerJob
 from embed_pipeline.training.modules import set_up_for_training
 
@@ -28,14 +29,8 @@ def load_cross_encoder(job: RerankerJob, device: str) -> CrossEncoder:
         )
     max_length = pair_length(job.base_model, job.settings)
     torch.manual_seed(job.seed)
-    model = CrossEncoder(
-        str(job.base_model),
-        num_labels=1,
-        device=device,
-        activation_fn=torch.nn.Identity(),
-        trust_remote_code=job.trust_remote_code,
-        local_files_only=True,
-    )
+    model = load_cross_encoder_folder(job.base_model, device=device, trust_remote_code=job.trust_remote_code)
+    model.activation_fn = torch.nn.Identity()
     set_up_for_training(model, job.settings, device)
     model.max_seq_length = max_length
     return model

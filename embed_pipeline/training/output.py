@@ -15,6 +15,7 @@ from typing import Literal
 
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
+from embed_pipeline.markdown import code, escaped, fenced, table
 from embed_pipeline.settings import EncodingSettings, ModelSource
 from embed_pipeline.training.job import MODEL_FOLDER, SERVING_FILE, SUMMARY_FILE, EmbedderJob, RerankerJob, TrainingJob
 
@@ -75,23 +76,21 @@ def write_json(path: Path, content: object) -> None:
 def embedder_card(job: EmbedderJob, summary: Summary, encoding: EncodingSettings) -> str:
     """The model card of an embedder, with the three lines that load it in either library."""
     instruction = f"query_instruction_for_retrieval={encoding.query_prompt!r}, " if encoding.query_prompt else ""
-    usage = f"""\
-```python
+    in_sentence_transformers = """\
 from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("path/to/this/folder")
 scores = model.similarity(model.encode_query(queries), model.encode_document(passages))
-```
-
-```python
+"""
+    in_flag_embedding = f"""\
 from FlagEmbedding import FlagModel
 model = FlagModel("path/to/this/folder", {instruction}pooling_method={encoding.pooling!r}, \
 normalize_embeddings=True, query_max_length={encoding.query_max_length}, \
 passage_max_length={encoding.passage_max_length}, use_fp16=False)
 scores = model.encode_queries(queries) @ model.encode_corpus(passages).T
-```
 """
+    usage = f"{fenced(in_sentence_transformers, 'python')}\n\n{fenced(in_flag_embedding, 'python')}\n"
     if encoding.passage_prompt:
-        usage += f"\nWith FlagModel, put {encoding.passage_prompt!r} before every passage.\n"
+        usage += f"\nWith FlagModel, put {code(encoding.passage_prompt)} before every passage.\n"
     if encoding.pooling == "lasttoken":
         usage += "\nFlagModel knows no last-token pooling for encoders; use sentence-transformers.\n"
     return _card(job, summary, "sentence-similarity", "An embedder for retrieval", usage)
@@ -121,7 +120,7 @@ embedder's score should have in the final ranking.
 def _origin(base: ModelSource | Literal["embedder"]) -> str:
     if not isinstance(base, ModelSource):
         return "the fine-tuned embedder of the same pipeline"
-    return f"{base.hub} at revision {base.revision}" if base.hub else f"`{base.package or base.path}`"
+    return f"{escaped(base.hub)} at revision {base.revision}" if base.hub else str(code(str(base.package or base.path)))
 
 
 def _card(job: EmbedderJob | RerankerJob, summary: Summary, task: str, what: str, usage: str) -> str:
@@ -132,12 +131,12 @@ def _card(job: EmbedderJob | RerankerJob, summary: Summary, task: str, what: str
             "---",
             "library_name: sentence-transformers",
             f"pipeline_tag: {task}",
-            *([f"base_model: {hub}"] if hub else []),
+            *([f"base_model: {json.dumps(hub)}"] if hub else []),
             f"tags: [sentence-transformers, {summary.kind}]",
             "---",
         ]
     )
-    rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(summary).items() if value is not None)
+    rows = [(name, str(value)) for name, value in asdict(summary).items() if value is not None]
     return f"""{front_matter}
 
 # {what}
@@ -149,11 +148,7 @@ Fine-tuned with embed_pipeline from {_origin(base)} on {summary.queries} queries
 {usage}
 ## Training
 
-| | |
-|---|---|
-{rows}
+{table(["", ""], rows)}
 
-```json
-{job.settings.model_dump_json(indent=2)}
-```
+{fenced(job.settings.model_dump_json(indent=2), "json")}
 """

@@ -470,13 +470,16 @@ def seen_shapes(prepared: Prepared[Any]) -> Iterator[list[tuple[int, int]]]:
 
 @contextlib.contextmanager
 def seen_tokens(prepared: Prepared[Any]) -> Iterator[list[list[int]]]:
-    """The tokens of every text that reaches the transformer, without padding."""
+    """The tokens of every text that reaches the transformer, without padding at their ends."""
     seen: list[list[int]] = []
 
-    padding = prepared.model.tokenizer.pad_token_id
+    # A loss that joins several columns fills them up with zeros, whatever the tokenizer pads with.
+    padding = (prepared.model.tokenizer.pad_token_id, 0)
 
     def note(tokens: torch.Tensor) -> None:
-        seen.extend([token for token in row if token != padding] for row in tokens.tolist())
+        for row in tokens.tolist():
+            shown = [i for i, token in enumerate(row) if token not in padding]
+            seen.append(row[shown[0] : shown[-1] + 1] if shown else [])
 
     with _watched(prepared, note):
         yield seen

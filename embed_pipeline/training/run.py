@@ -18,6 +18,7 @@ from transformers import Trainer
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.training.callbacks import DevEvaluation, FiniteLoss, MovingLoss, Reporting
 from embed_pipeline.training.checkpoints import Checkpoints
+from embed_pipeline.training.collapse import collapsed
 from embed_pipeline.training.data_checks import DataReport, check_data
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.hardware import in_force
@@ -102,6 +103,11 @@ def train(
     if rank.is_main:
         evaluation.restore_best()
         merge_adapters(prepared.model)
+        if (collapse := collapsed(prepared.model, sources, rank)) is not None:
+            logger.warning("%s", collapse)
+            told["warnings"] = [*told["warnings"], collapse]
+            if reporter is not None:
+                reporter.tell({"warnings": [collapse]})
     return Summary(
         kind=job.entry_point.rpartition(".")[2],
         engine=settings.engine,

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from cleaned_folder import write_cleaned
+from collapsed_models import collapse
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
@@ -381,3 +382,27 @@ def test_a_plot_shown_by_itself_has_colours() -> None:
     assert "#00000" not in svg
     assert not re.findall(r"var\(--\w+\)", svg)
     assert "var(--better, #17805a)" in svg
+
+
+@pytest.mark.parametrize("kind", ["embedder", "reranker"])
+def test_a_collapsed_model_is_refused_and_told(
+    cleaned: Path, models: ComparedModels, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """All its answers are one number, and its ties keep the order of an embedder that is better than its base."""
+    assert models.reranker is not None
+    source = models.embedder if kind == "embedder" else models.reranker
+    folder = tmp_path / kind
+    shutil.copytree(source, folder)
+    collapse(folder if kind == "embedder" else folder / "model")
+    if kind == "reranker":
+        (folder / "serving.json").write_text(json.dumps({"embedder_weight": 0.0}))
+    changed = replace(models, **{kind: folder})
+    settings = SETTINGS.model_copy(update={"bootstrap_samples": 200})
+    gate = GateSettings(min_queries=1, max_loss={})
+    (tmp_path / "out").mkdir()
+    report = evaluate(cleaned, changed, settings, 7, tmp_path / "out", gate=gate, progress=False)
+    told = f"the fine-tuned {kind} has collapsed: it gives the passages of a question all the same score"
+    assert report.details.gate.outcome == "refuse"
+    assert told in report.details.gate.reasons[0]
+    assert told in report.details.gate.sentence
+    assert told in caplog.text

@@ -36,8 +36,8 @@ def random_case(seed: int, *, grades: list[float], queries: int = 25) -> tuple[G
     return qrels, run
 
 
-def ranked(scores: dict[str, float]) -> list[str]:
-    return sorted(scores, key=lambda passage: (-scores[passage], passage))
+def ranked(scores: dict[str, float], judged: dict[str, float]) -> list[str]:
+    return sorted(scores, key=lambda passage: (-scores[passage], judged.get(passage, 0), passage))
 
 
 def by_hand(qrels: dict[str, float], ranking: list[str]) -> dict[str, float]:
@@ -67,7 +67,7 @@ def test_worked_out_by_hand(seed: int, grades: list[float]) -> None:
     values = per_query(qrels, run)
     assert set(values) == set(METRICS)
     for query, judged in qrels.items():
-        expected = by_hand(judged, ranked(run.get(query, {})))
+        expected = by_hand(judged, ranked(run.get(query, {}), judged))
         for metric in METRICS:
             assert values[metric][query] == pytest.approx(expected[metric], abs=1e-4), (metric, query)
     assert ndcg_at_10(qrels, run) == values["ndcg_at_10"]
@@ -84,7 +84,9 @@ def test_agrees_with_sentence_transformers() -> None:
         relevant_docs={query: set(judged) for query, judged in qrels.items()},
         mrr_at_k=[10], ndcg_at_k=[10], accuracy_at_k=at, precision_recall_at_k=at, map_at_k=[100],
     )  # fmt: skip
-    results = [[{"corpus_id": p, "score": -r} for r, p in enumerate(ranked(run[query]))] for query in qrels]
+    results = [
+        [{"corpus_id": p, "score": -r} for r, p in enumerate(ranked(run[query], qrels[query]))] for query in qrels
+    ]
     theirs = evaluator.compute_metrics(results)
     ours = {metric: float(np.mean(list(values.values()))) for metric, values in per_query(qrels, run).items()}
     assert ours["ndcg_at_10"] == pytest.approx(theirs["ndcg@k"][10])
@@ -104,6 +106,15 @@ def test_equal_scores_do_not_depend_on_the_order_of_the_run() -> None:
     last = {"q": dict.fromkeys(["p1", "p2", "p5"], 0.5)}
     assert per_query(qrels, first) == per_query(qrels, last)
     assert per_query(qrels, first)["mrr_at_10"] == {"q": pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize("relevant", ["p0", "p5", "p9"])
+def test_a_constant_scorer_has_the_worst_figure_whatever_the_ids(relevant: str) -> None:
+    run = {"q": {f"p{i}": -7.25 for i in range(10)}}
+    assert per_query({"q": {relevant: 1.0}}, run, ["mrr_at_10"])["mrr_at_10"] == {"q": pytest.approx(1 / 10)}
+    graded = per_query({"q": {"p0": 3.0, "p1": 1.0}}, run, ["ndcg_at_10"])["ndcg_at_10"]["q"]
+    by_grade = (1 / math.log2(10) + 3 / math.log2(11)) / (3 + 1 / math.log2(3))
+    assert graded == pytest.approx(by_grade)
 
 
 def test_what_counts() -> None:

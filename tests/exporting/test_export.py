@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,40 @@ def test_graphs_compute_the_embeddings(exported: tuple[Path, ExportReport], base
     assert by_name["onnx"].min_cosine > 0.9999
     assert by_name["openvino-int8"].bytes_on_disk < by_name["onnx"].bytes_on_disk
     assert all(by_name[name].texts_per_second > 0 for name in ALL_FORMS.formats)
+
+
+@needs_export
+def test_int8_is_really_int8_and_near_the_model(cleaned: Path, base_models: tuple[Path, Path], tmp_path: Path) -> None:
+    import onnx
+
+    wanted = ExportSettings(formats=("onnx", "onnx-int8"), max_loss=1.0)
+    test = load_test_split(cleaned, wanted, 1, scored=False)
+    report = export(ExportedModels(base_models[0]), test, wanted, FEW, 1, tmp_path, precision="float32")
+    assert {form.name for form in report.published} == {"onnx", "onnx-int8"}, report
+    sizes, weights, operators = {}, {}, {}
+    for name in wanted.formats:
+        form = ExportedEmbedder(tmp_path / name, batch_size=5)
+        path = tmp_path / name / form.form.file
+        graph = onnx.load(str(path)).graph
+        sizes[name], operators[name] = path.stat().st_size, {node.op_type for node in graph.node}
+        counts: dict[str, int] = {}
+        for tensor in graph.initializer:
+            kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+            counts[kind] = counts.get(kind, 0) + math.prod(tensor.dims)
+        weights[name] = counts
+    assert weights["onnx"].get("INT8", 0) + weights["onnx"].get("UINT8", 0) == 0
+    quantized = weights["onnx-int8"].get("INT8", 0) + weights["onnx-int8"].get("UINT8", 0)
+    assert quantized > 0.9 * sum(weights["onnx-int8"].values())
+    assert sizes["onnx-int8"] < 0.4 * sizes["onnx"]
+    assert operators["onnx-int8"] & {"MatMulInteger", "QLinearMatMul", "DynamicQuantizeLinear"}
+    ours, int8 = Embedder(base_models[0], precision="float32", device="cpu"), ExportedEmbedder(tmp_path / "onnx-int8")
+    for found, expected in (
+        (int8.encode_queries(QUERIES_ASKED), ours.encode_queries(QUERIES_ASKED)),
+        (int8.encode_passages(PASSAGES), ours.encode_passages(PASSAGES)),
+    ):
+        cosines = (found * expected).sum(axis=1)
+        assert cosines.min() > 0.98
+        assert np.abs(found - expected).max() > 1e-6  # near, and not the same numbers
 
 
 @needs_export

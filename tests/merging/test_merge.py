@@ -12,6 +12,7 @@ import torch
 
 from embed_pipeline.errors import ModelError
 from embed_pipeline.evaluation.guard_sets import GuardScore, GuardSet, Part, load_guard
+from embed_pipeline.markdown import escaped
 from embed_pipeline.merging.merge import Ancestry, merge
 from embed_pipeline.merging.trade_off import MergingReport
 from embed_pipeline.models.embedder import Embedder, load_sentence_transformer
@@ -75,7 +76,7 @@ def run(
     assert (out / "weights.sha256").read_text().strip() == weights_digest(out / "model")
     card = (out / "model" / "README.md").read_text()
     assert card.startswith("---\ntags: [x]\n---\n\n# An embedder for retrieval\n")
-    assert report.sentence in card
+    assert escaped(report.sentence) in card
     return report, out
 
 

@@ -9,10 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sentence_transformers import CrossEncoder
+from torch.nn import Identity
 
 from embed_pipeline.errors import ModelError
 from embed_pipeline.mining.mine import mine
 from embed_pipeline.mining.verify import verify
+from embed_pipeline.models.embedder import Embedder
+from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.settings import CrossEncoderSettings, MiningSettings, ModelSource
 from embed_pipeline.tables import HARD_NEGATIVES_FILE, QRELS, QRELS_FILE
 from tests.cleaned_folder import GivenEmbedder, GivenReranker, unit_rows, write_cleaned
@@ -100,3 +104,53 @@ def test_what_rows_came_with_is_kept_where_every_text_has_it(scene: tuple[Path, 
     assert found["id0"]["positive_teacher_scores"] == [3.0]
     assert {len(row["negative_ids"]) for query_id, row in found.items() if query_id != "id0"} == {4}
     assert verify(out, cleaned, more) == []
+
+
+def test_a_real_cross_encoder_teaches_and_vetoes(base_models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Loaded from its folder, over texts: the scores in the table are those that anybody gets who loads it."""
+    words = ["river", "stone", "engine", "garden", "violin", "window"]
+    texts = [f"the {a} and the {b} stand behind the old gate" for a in words for b in words]
+    cleaned = write_cleaned(
+        tmp_path / "cleaned",
+        [(f"id{q}", f"where is the {word}") for q, word in enumerate(words)],
+        [(f"id{p}", text) for p, text in enumerate(texts)],
+        [(f"id{q}", f"id{q * 7}", 1.0) for q in range(len(words))],
+    )
+    folder, reranker = base_models
+    anybody = CrossEncoder(str(reranker), device="cpu")
+    found: dict[float | None, dict[str, dict[str, Any]]] = {}
+    for ratio in (None, 1.0):
+        out = tmp_path / str(ratio)
+        out.mkdir()
+        settings = MiningSettings(
+            num_negatives=8,
+            top_k=len(texts),
+            max_score_ratio=None,
+            cross_encoder=CrossEncoderSettings(model=ModelSource(path=reranker), max_score_ratio=ratio),
+        )
+        report = mine(
+            cleaned,
+            Embedder(folder, precision="float32", device="cpu"),
+            settings,
+            0,
+            out,
+            cross_encoder=Reranker(reranker, precision="float32", device="cpu"),
+            progress=False,
+        )
+        assert (report.refused["vetoed"] > 0) == (ratio is not None)
+        found[ratio] = mined(out)
+        for query_id, row in found[ratio].items():
+            query = f"where is the {words[int(query_id[2:])]}"
+            for what in ("positive", "negative"):
+                pairs = [(query, texts[int(passage[2:])]) for passage in row[f"{what}_ids"]]
+                scores = anybody.predict(pairs, activation_fn=Identity())
+                np.testing.assert_allclose(row[f"{what}_teacher_scores"], scores, atol=1e-5)
+            mined_scores = [
+                score
+                for score, origin in zip(row["negative_teacher_scores"], row["negative_origins"], strict=True)
+                if origin == "mined"
+            ]
+            if ratio is not None:  # no negative that it likes better than the positive
+                assert max(mined_scores, default=-np.inf) <= max(row["positive_teacher_scores"]) + 1e-6
+        assert verify(out, cleaned, settings) == []
+    assert any(found[None][query]["negative_ids"] != row["negative_ids"] for query, row in found[1.0].items())

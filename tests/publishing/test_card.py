@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from embed_pipeline.models.embedder import Embedder
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.publishing.card import Carded, Kind, model_card
 from embed_pipeline.stages import Pipeline, write_champion_cards
+from embed_pipeline.tables import PASSAGES as PASSAGES_TABLE
+from embed_pipeline.tables import PASSAGES_FILE, QUERIES_FILE, write
+from embed_pipeline.tables import QUERIES as QUERIES_TABLE
 from embed_pipeline.training.job import MODEL_FOLDER
 
 QUERIES = ["where is the river of the castle", "the stone"]
@@ -126,3 +133,21 @@ def test_the_cards_lie_beside_the_promotion_and_versions_stay_as_published(in_fo
         model = carded.model(kind)
         assert model is not None
         model.verify()
+
+
+def test_texts_of_the_data_show_themselves_and_nothing_else(carded: Carded) -> None:
+    hostile = "<script>alert(1)</script> <img src=x onerror=alert(1)> [a](javascript:alert(1)) | `b` *c*\n# d"
+    for name, schema, column in ((QUERIES_FILE, QUERIES_TABLE, "query"), (PASSAGES_FILE, PASSAGES_TABLE, "text")):
+        table = pq.read_table(carded.cleaned.path / name)
+        index = table.column_names.index(column)
+        texts = pa.array([f"{hostile} {i}" for i in range(table.num_rows)])
+        write(table.set_column(index, column, texts), schema, carded.cleaned.path / name)
+    card = model_card(carded, "embedder")
+    body = card.partition("\n---\n")[2]
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
+    assert not re.search(r"<(script|img|a|em)\b", page)
+    (examples,) = re.findall(r"<h2>Examples</h2>.*?<tbody>(.*?)</tbody>", page, re.S)
+    cells = re.findall(r"<td>(.*?)</td>", examples)
+    assert html.unescape(cells[0]).startswith(" ".join(hostile.split()))
+    front = yaml.safe_load(card.partition("---\n")[2].partition("\n---\n")[0])
+    assert front["widget"][0]["source_sentence"].startswith("<script>")  # data, as the Hub takes it

@@ -222,6 +222,36 @@ def test_a_run_that_goes_on_tells_no_step_twice(store: PipelineStore) -> None:
     assert history(found, "loss") == expected(range(1, 11))
 
 
+def test_a_deleted_experiment_is_told_with_what_restores_it_and_has_everything_afterwards(
+    store: PipelineStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before the run is made, and while it is told: metrics wait, and nobody's run is made twice."""
+    with opened(store) as run:
+        assert run._sender.flush(60)
+        experiment = run.experiment_id
+        client_of().delete_experiment(experiment)
+        log(run, range(1, 4))
+    restore = f"the experiment 'support' (id {experiment}) was deleted in MLflow. Restore it"
+    command = f"mlflow experiments restore -x {experiment}"
+    assert restore in caplog.text
+    assert command in caplog.text
+    caplog.clear()
+    with opened(store) as second:
+        log(second, range(1, 4))
+    assert command in caplog.text
+    assert [command in left.sentence for left in waiting(store.folder)] == [True, True]
+    told = CliRunner().invoke(main, ["replay-metrics", "support"])
+    assert told.exit_code == 1
+    assert command in told.output
+
+    restored = [sys.executable, "-m", "mlflow", "experiments", "restore", "-x", experiment]
+    subprocess.run(restored, env={**os.environ, "MLFLOW_TRACKING_URI": tracking_uri()}, check=True, capture_output=True)
+    assert replay(store.folder, seconds=None) == []
+    found = runs_of()
+    assert [history(one, "loss") for one in found] == [expected(range(1, 4))] * 2
+    assert all(left.sentence == "" for left in waiting(store.folder))
+
+
 def test_what_was_sent_before_an_answer_was_lost_is_kept_once(store: PipelineStore) -> None:
     with opened(store) as run:
         log(run, range(1, 6))

@@ -7,7 +7,9 @@ from typing import Any
 import dagster as dg
 
 from embed_pipeline.artifacts import DIGITS, PipelineStore
-from embed_pipeline.champions import Promotion, pointer
+from embed_pipeline.champions import Promotion, pointer, read_waiting
+from embed_pipeline.errors import TrackingError
+from embed_pipeline.markdown import fenced
 from embed_pipeline.orchestration.automation import retry_policy
 from embed_pipeline.orchestration.reporting import readable_errors, waiting_metadata
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_champion, write_champion_cards
@@ -44,7 +46,7 @@ def champion_metadata(store: PipelineStore, promotion: Promotion) -> Mapping[str
         "embedder": champion.embedder,
         **({"reranker": champion.reranker} if champion.reranker else {}),
         **registered,
-        "load": dg.MetadataValue.md(f"```python\n{load_lines(store, champion)}\n```"),
+        "load": dg.MetadataValue.md(fenced(load_lines(store, champion), "python")),
         "pointer": dg.MetadataValue.path(str(pointer(store))),
     }
 
@@ -65,7 +67,14 @@ def champion_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
     def champion(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with readable_errors():
             run = pipeline.for_run(context.run_id)
-            promoted = make_champion(run)
+            try:
+                promoted = make_champion(run)
+            except TrackingError:
+                if (waits := read_waiting(run.store)) is not None:
+                    told = {"status": "waits for MLflow", "waiting": waits.sentence(name), "since": waits.since}
+                    # What a step has logged as an event goes when it fails.
+                    context.instance.report_runless_asset_event(dg.AssetObservation([name, "champion"], metadata=told))
+                raise
             cards = write_champion_cards(run)
         told = "is the new champion" if promoted.new else "serves already, nothing was moved"
         context.log.info(f"{promoted.champion.title} {told}")
@@ -75,6 +84,7 @@ def champion_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
                 **champion_metadata(run.store, promoted.promotion),
                 **{f"{kind}_card": dg.MetadataValue.path(str(path)) for kind, path in cards.items()},
                 **waiting_metadata(context, run.store.folder, "champion"),
+                "status": "serves",
                 "reused": not promoted.new,
             },
         )

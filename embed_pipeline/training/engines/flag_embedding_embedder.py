@@ -18,6 +18,7 @@ from torch import Tensor
 
 from embed_pipeline.library_arguments import arguments_for
 from embed_pipeline.models.embedder import encoding_of, load_sentence_transformer
+from embed_pipeline.models.padding import set_padding
 from embed_pipeline.settings import TrainingSettings
 from embed_pipeline.training.arguments import check_steps, trainer_arguments
 from embed_pipeline.training.engines import Prepared
@@ -80,6 +81,7 @@ def prepare(job: EmbedderJob, rank: Rank, sources: list[TrainingSource], work: P
         ),
     )
     runner.model.model = model[0].model  # the same parameters in both, adapters included
+    set_padding(runner.tokenizer, runner.model.model, job.base_model)  # it read its own
     runner.model._dist_gather_tensor = _gathered
     rows = {source.name: source.size for source in sources}
     if runner.data_args.same_dataset_within_batch:  # its rows are whole batches that it shuffles itself

@@ -12,8 +12,10 @@ from FlagEmbedding.abc.finetune.reranker import (
 from FlagEmbedding.finetune.reranker.encoder_only.base import EncoderOnlyRerankerRunner
 from sentence_transformers import CrossEncoder
 
+from embed_pipeline.errors import TrainingError
 from embed_pipeline.library_arguments import arguments_for
 from embed_pipeline.models.folder import pair_length
+from embed_pipeline.models.padding import set_padding
 from embed_pipeline.training.arguments import check_steps, trainer_arguments
 from embed_pipeline.training.cross_encoder import load_cross_encoder
 from embed_pipeline.training.engines import Prepared
@@ -33,6 +35,11 @@ def prepare(job: RerankerJob, rank: Rank, sources: list[TrainingSource], work: P
     settings = job.settings
     check_steps(job, rank, sum(source.size for source in sources), "queries")
     model = load_cross_encoder(job, rank.device)
+    if getattr(model[0], "transformer_task", None) != "sequence-classification":
+        raise TrainingError(
+            f"reranker.engine: flag-embedding trains models with a head of one score, but {job.base_model} scores by "
+            "the logits of words, as its modules.json says. Set engine: sentence-transformers, or take another base"
+        )
     # Its maximum is the sum of the two: cut it to what the model has positions for.
     passage_max_len = pair_length(job.base_model, settings) - settings.query_max_length
 
@@ -58,5 +65,6 @@ def prepare(job: RerankerJob, rank: Rank, sources: list[TrainingSource], work: P
     )
     # The same parameters in both, and the same fresh head as the other engine starts from.
     runner.model.model = model[0].model
+    set_padding(runner.tokenizer, runner.model.model, job.base_model)  # it read its own
     runner.trainer.train_dataset = SeededRows(runner.trainer.train_dataset, job.seed)
     return Prepared(runner.trainer, model, {source.name: source.size for source in sources})
