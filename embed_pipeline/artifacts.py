@@ -440,7 +440,9 @@ class PipelineStore:
         for name in (*artifact.manifest.files, MANIFEST):
             (grave / name).unlink(missing_ok=True)
         if any(not path.is_dir() or path.is_symlink() for path in grave.rglob("*")):
-            self._set_aside(grave, f"it was not published with {_title(artifact.manifest)}, which was deleted")
+            told = artifact.manifest
+            name = f"{told.asset}~{told.version}"
+            self._set_aside(grave, f"it was not published with {_title(told)}, which was deleted", name)
         else:
             shutil.rmtree(grave)
 
@@ -602,12 +604,13 @@ class PipelineStore:
         except ArtifactError:
             return False
 
-    def _set_aside(self, path: Path, why: str) -> None:
+    def _set_aside(self, path: Path, why: str, name: str | None = None) -> None:
         """Move a file, folder or link out of the way, and tell where to; nothing is lost."""
         place = (self.folder if path != self.folder else self.folder.parent) / SET_ASIDE
         place.mkdir(parents=True, exist_ok=True)
         when = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        target = place / f"{path.parent.name}~{path.name}~{when}-{uuid.uuid4().hex[:8]}"
+        known_by = name or f"{path.parent.name}~{path.name}".lstrip(".")
+        target = place / f"{known_by}~{when}-{uuid.uuid4().hex[:8]}"
         with suppress(FileNotFoundError):  # another process did it
             path.rename(target)
             logger.warning("%s was set aside, it lies at %s now: %s", path, target, why)

@@ -372,10 +372,9 @@ def test_a_version_that_is_not_what_was_published_here_is_refused_everywhere(
         lambda: store.current("embedder"),
         lambda: store.get("embedder", artifact.version),
         store.prunable,  # what it was made from cannot be told
-        lambda: table(store, "evaluation", "figures", None, artifact),
     ]
     for read in readers:
-        with pytest.raises(ArtifactError, match=f"{said}|is missing: the manifest"):
+        with pytest.raises(ArtifactError, match=said):
             read()
     assert artifact.version not in [listed.version for listed in store.versions("embedder")]
 
@@ -610,13 +609,14 @@ def test_what_is_damaged_or_in_the_way_is_set_aside_and_made_again(
     assert again.artifact.version == artifact.version
     for reader in (store, own, in_run(store, "run-b")):
         reader.current("raw_pairs").verify()
-    assert not list((store.folder / ".staging").iterdir() if (store.folder / ".staging").exists() else [])
+    assert not store.in_the_making()
     # Once is enough, and nothing was lost.
     assert table(own, "raw_pairs", "abc").reused
     aside = [place for root in (store.folder, store.folder.parent) for place in (root / ".set_aside").rglob("*")]
     kept = {path.read_bytes() for path in aside if path.is_file()}
+    left = {place.read_bytes()} if place.is_file() else set()
     overwritten = harm in ("a pointer of garbage", "a note of a run that is garbage")
-    assert overwritten or harmed_files <= kept
+    assert overwritten or harmed_files <= kept | left
     if kept:
         assert "was set aside, it lies at" in caplog.text
 
