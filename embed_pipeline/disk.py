@@ -25,11 +25,12 @@ _NUMBERS: dict[int, _Kind] = {
     errno.EACCES: "denied",
     errno.EPERM: "denied",
 }
-# What stands in messages: the system's own words, SQLite's, and those of torch when it cannot write all of a file.
+# What stands in messages: the system's own words, SQLite's, those of numpy and torch when they cannot write all.
 _WORDS: tuple[tuple[str, _Kind], ...] = (
     ("no space left on device", "full"),
     ("disk is full", "full"),
     ("takes no whole line", "full"),
+    (" requested and ", "full"),
     ("pytorchstreamwriter failed writing", "full"),
     ("max_temp_directory_size", "full"),
     ("disk quota exceeded", "quota"),
