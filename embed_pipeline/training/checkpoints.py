@@ -205,6 +205,8 @@ class Checkpoints(TrainerCallback):
                     shutil.rmtree(path, ignore_errors=True)
         for path in _by_step(self.folder):
             why = self._foreign(path)
+            if why is None and not (path / _MANIFEST).is_file():
+                why = f"it has no {_MANIFEST}, so no training here wrote it"
             if why is None and (why := self._broken(path)) is not None:
                 why = f"{why}. It lies at {self._set_aside(path)} now"
             if why is None:
