@@ -22,7 +22,7 @@ from tests.fault_injection.invariants import (
     check_same_bits,
     versions_in,
 )
-from tests.fault_injection.runs import ORDER, Outcome, Run, Workplace, leave_out
+from tests.fault_injection.runs import ORDER, Outcome, Run, Workplace, leave_out, start_server
 
 IN_THE_FUTURE = 2 * 24 * 3600.0  # seconds that the clock was set back by
 
@@ -44,6 +44,7 @@ class Bench:
 
     def begin(self) -> None:
         """Run once without a fault."""
+        start_server()
         self.whole = self.workplace.folder / "without-a-fault"
         outcome = Run(self.workplace, self.whole, "without-a-fault").outcome()
         if outcome.status != "ok":

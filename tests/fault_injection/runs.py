@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,9 +79,7 @@ class Run:
         self.outcome_file = workplace.folder / f"{name}.outcome.json"
         self.log = workplace.folder / f"{name}.log"
         self.outcome_file.unlink(missing_ok=True)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        self.process = context.Process(target=_all_stages, args=(workplace, store, name, self.outcome_file, self.log))
+        self.process = _server().Process(target=_all_stages, args=(workplace, store, name, self.outcome_file, self.log))
         self.began = time.monotonic()
         self.process.start()
 
@@ -108,6 +107,23 @@ class Run:
             told = "" if killed else f"exit code {self.process.exitcode}: {self.log.read_text()[-3000:]}"
             return Outcome("killed" if killed else "raw", told, seconds)
         return Outcome(**json.loads(self.outcome_file.read_text()), seconds=seconds)
+
+
+def start_server() -> None:
+    """Start what processes are forked from, which imports everything: once, and not while a run is timed."""
+    process = _server().Process(target=_nothing)
+    process.start()
+    process.join()
+
+
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _nothing() -> None:
+    pass
 
 
 def _all_stages(workplace: Workplace, store: Path, name: str, outcome_file: Path, log: Path) -> None:
