@@ -268,7 +268,8 @@ class PipelineStore:
 
     def note_read(self, raw: Artifact, state: str) -> None:
         """Remember the state of the raw files that `raw` was read from, or found to be the content of."""
-        self._write(self._read_file, json.dumps({"version": raw.version, "state": state}))
+        with plain_disk_errors(self.folder):
+            self._write(self._read_file, json.dumps({"version": raw.version, "state": state}))
 
     def state_read(self, raw: Artifact) -> str | None:
         """The state of the raw files when `raw` was read from them last, None when another version was since."""
