@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def main():
 
 run_and_leave(main)
 """
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}
     with FULL.open("w") as full:
-        ended = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, timeout=60)
+        ended = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, timeout=60, env=env)
     assert ended.returncode == code
