@@ -48,7 +48,7 @@ NEARLY_FULL = 64 * 1024  # bytes: less than an error file and its folder may tak
 def plain_disk_errors(store: Path) -> Iterator[None]:
     """Raise DiskError, with the path, the free space and what to do, where the body fails for want of disk.
 
-    `store` is the folder that is written to, a pipeline's in its store. Everything else is raised as it is.
+    `store` is the folder that is written to. Everything else is raised as it is.
     """
     try:
         yield
@@ -109,7 +109,7 @@ def _told(kind: _Kind, path: Path, store: Path, said: str) -> DiskError:
         return DiskError(
             f"{path}: {'the disk is full' if kind == 'full' else 'the disk quota is used up'} ({said}). Free: "
             f"{_size(_free(store))} at {store}, {_size(_free(temporary))} at {temporary}, where temporary files lie. "
-            f"Free some space (`embed-pipeline prune {store.name}` shows what the store can do without), or name "
+            "Free some space (`embed-pipeline prune PIPELINE` shows what the store can do without), or name "
             "another folder in EMBED_PIPELINE_STORE or TMPDIR. Nothing was published by halves; start the run again"
         )
     if kind == "read-only":

@@ -94,7 +94,9 @@ def test_a_full_disk_is_told_with_its_free_space(small_disk: Path, write: Callab
         write(out)
         return Made({}, RunIds())
 
-    with pytest.raises(DiskError, match=rf"{small_disk}.*disk is full .*Free: .* at {small_disk}.*prune support"):
+    with pytest.raises(
+        DiskError, match=rf"{small_disk}.*disk is full .*Free: .* at {small_disk}.*embed-pipeline prune"
+    ):
         store.produce("embedder", recipe(), [], make, content=None)
 
     assert not store.has_current("embedder")

