@@ -183,7 +183,7 @@ def test_a_forged_checkpoint_is_set_aside_for_the_next_older_one(
             # Of its own step in every other file.
             for told in ("progress.json", "trainer_state.json"):
                 text = (copy / told).read_text()
-                forge(copy, told, text.replace('"step": 6', f'"step": {100 + number}').encode())
+                forge(copy, told, text.replace('step": 6', f'step": {100 + number}').encode())
             forge(copy, name, content)
         (folder / "step-x").mkdir()
         (folder / "step-200").write_text("no folder")
@@ -197,6 +197,8 @@ def test_a_forged_checkpoint_is_set_aside_for_the_next_older_one(
     assert not harmed.exists()
     assert "going on after step 6" in caplog.text
     assert caplog.text.count("is not used: ") == len(forged) + 1
+    assert caplog.text.count("it cannot be loaded: ") == len(forged) - 1
+    assert "weights.pt is of another model" in caplog.text
     assert same_weights(undisturbed, resumed)
     left = {path.name.partition("-")[0] for path in (resumed.job.output / "checkpoints").iterdir()}
     assert left == {"unused", "step"}, "what nobody here wrote is not deleted"
