@@ -563,21 +563,30 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def emptied(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def written(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
 VERSION = "raw_pairs/{version}"
 HARM: dict[str, tuple[str, Callable[[Path], None]]] = {
     "a flipped bit": (f"{VERSION}/rows.txt", flip),
     "a flipped bit of what is not handed over": (f"{VERSION}/rejected.txt", flip),
     "a file for a file's folder": (f"{VERSION}/rows.txt", folder_at),
     "a deleted manifest": (f"{VERSION}/manifest.json", Path.unlink),
-    "an empty manifest": (f"{VERSION}/manifest.json", lambda path: path.write_text("")),
+    "an empty manifest": (f"{VERSION}/manifest.json", lambda path: written(path, "")),
     "a manifest of garbage": (f"{VERSION}/manifest.json", file_at),
     "a folder for a manifest": (f"{VERSION}/manifest.json", folder_at),
     "a file for a version": (VERSION, file_at),
     "a dead link for a version": (VERSION, link_at),
-    "an empty folder for a version": (VERSION, lambda path: (shutil.rmtree(path), path.mkdir())),
+    "an empty folder for a version": (VERSION, emptied),
     "a recipe of garbage": ("raw_pairs/recipes/{recipe}", file_at),
-    "a recipe too long to be a name": ("raw_pairs/recipes/{recipe}", lambda path: path.write_text("a" * 5000)),
-    "a recipe that leads out of the store": ("raw_pairs/recipes/{recipe}", lambda path: path.write_text("../../x")),
+    "a recipe too long to be a name": ("raw_pairs/recipes/{recipe}", lambda path: written(path, "a" * 5000)),
+    "a recipe that leads out of the store": ("raw_pairs/recipes/{recipe}", lambda path: written(path, "../../x")),
     "a folder for a recipe": ("raw_pairs/recipes/{recipe}", folder_at),
     "a file for the recipes": ("raw_pairs/recipes", file_at),
     "a file for the asset": ("raw_pairs", file_at),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from pathlib import Path
 
 from embed_pipeline.artifacts import PipelineStore
@@ -43,7 +44,7 @@ def versions_in(store: Path) -> set[Path]:
     }
 
 
-def check_nothing_by_halves(store: Path, except_for: set[Path] = frozenset()) -> None:  # type: ignore[assignment]
+def check_nothing_by_halves(store: Path, except_for: Set[Path] = frozenset()) -> None:
     """Every version that can be seen is whole, and every pointer leads to one."""
     small = PipelineStore(store, "small")
     try:
@@ -56,7 +57,7 @@ def check_nothing_by_halves(store: Path, except_for: set[Path] = frozenset()) ->
         raise BrokenPromiseError(f"published by halves: {error}") from error
 
 
-def check_nothing_lost(before: set[Path], store: Path, except_for: set[Path] = frozenset()) -> None:  # type: ignore[assignment]
+def check_nothing_lost(before: set[Path], store: Path, except_for: Set[Path] = frozenset()) -> None:
     if lost := before - versions_in(store) - except_for:
         raise BrokenPromiseError(f"lost: {sorted(map(str, lost))}")
 
