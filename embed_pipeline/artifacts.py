@@ -6,7 +6,9 @@
     <store>/<pipeline>/raw_pairs/read.json        the state of the raw files that the current raw rows were read from
     <store>/<pipeline>/.runs/<run>/<asset>        the version that one run made or found, which its later stages use
     <store>/<pipeline>/.staging/                  what is being made
+    <store>/<pipeline>/.checkpoints/              what a training goes on from after it was killed, by asset and recipe
     <store>/<pipeline>/.embeddings/               encoded texts, by model and content; can be deleted
+    <store>/<pipeline>/.set_aside/                what was damaged or in the way; nothing reads it, a person deletes it
 
 A *recipe* is everything that decides the result: the inputs' content, settings, seed, code version. A recipe that was
 made before is not made again. What a stage hands over has a *content* id: for tables the hash of the rows that later
@@ -16,35 +18,49 @@ the list of rejected rows retrains nothing; manifests name them by version, so e
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, LeaseCompromise, SoftFileLease, Timeout
 from pydantic import BaseModel, ConfigDict
 
+from embed_pipeline.disk import plain_disk_errors
 from embed_pipeline.errors import ArtifactError, ConfigurationError
 from embed_pipeline.masking import without_password
+
+logger = logging.getLogger(__name__)
 
 ASSETS = (
     *("raw_pairs", "cleaned_pairs", "hard_negatives", "embedder", "merged_embedder", "reranker", "evaluation"),
     *("exports", "hub"),  # of the champion
 )
 MANIFEST = "manifest.json"
+SET_ASIDE = ".set_aside"
 SMOKE_TEST_STORE = "smoke-test"  # no pipeline can be called so
 DIGITS = 16
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 RUN_GOES_ON = timedelta(hours=1)  # between two stages; while one works, its staging folder tells
 RUN_IS_OVER = timedelta(days=7)
+# A claim on checkpoints that was not renewed for so long is another's to take. Whoever waits measures it with its own
+# steady clock, so the clocks of machines need not agree. All who share a store must use the same.
+LEASE_SECONDS = 60.0
+_VERSION = re.compile(rf"[0-9a-f]{{{DIGITS}}}")
+_STAGED = re.compile(r"(?P<what>[a-z_]+)~(?P<machine>.+)~(?P<process>\d{1,9})~[0-9a-f]{8}")
 LIBRARIES = (
     "accelerate",
     "bm25s",
@@ -184,30 +200,34 @@ class Artifact:
         """Bytes on disk, manifest excluded."""
         return sum(entry.bytes for entry in self.manifest.files.values())
 
-    def is_whole(self) -> bool:
-        """Whether every file is there with its size: a look, not a proof (see `verify`)."""
-        paths = {self.path / name: entry.bytes for name, entry in self.manifest.files.items()}
-        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
-
     def verify(self) -> None:
         """Compare all files with the manifest, byte for byte; raises ArtifactError naming the first that differs."""
         for name, entry in self.manifest.files.items():
             path = self.path / name
             if not path.is_file():
-                raise ArtifactError(f"{path} is missing: the manifest of {_title(self.manifest)} lists it. {_MEND}")
+                raise ArtifactError(
+                    f"{path} is missing: the manifest of {_title(self.manifest)} lists it. {_mend(self.manifest.asset)}"
+                )
             found = path.stat().st_size
             if found != entry.bytes or sha256_of(path) != entry.sha256:
                 raise ArtifactError(
                     f"{path} was changed after {_title(self.manifest)} was published "
-                    f"({entry.bytes} bytes, sha256 {entry.sha256[:12]}.. expected; {found} bytes found). {_MEND}"
+                    f"({entry.bytes} bytes, sha256 {entry.sha256[:12]}.. expected; {found} bytes found). "
+                    f"{_mend(self.manifest.asset)}"
                 )
         known = {self.path / name for name in (*self.manifest.files, MANIFEST)}
         for path in sorted(self.path.rglob("*")):
             if not path.is_dir() and path not in known:
-                raise ArtifactError(f"{path} was added after {_title(self.manifest)} was published. {_MEND}")
+                raise ArtifactError(
+                    f"{path} was added after {_title(self.manifest)} was published. {_mend(self.manifest.asset)}"
+                )
 
 
-_MEND = "Delete that version's folder and materialize the asset again; it is rebuilt from the same inputs"
+def _mend(asset: str) -> str:
+    return (
+        f"Materialize {asset} again: a damaged version is set aside and made anew from the same inputs. One that is "
+        "made no more can be moved out of the store"
+    )
 
 
 @dataclass(frozen=True)
@@ -242,8 +262,13 @@ class PipelineStore:
         Raises ArtifactError when the asset was never materialized.
         """
         of_run = self._of_run(asset)
-        if of_run is not None and of_run.is_file():
-            return self.get(asset, of_run.read_text().strip())
+        if of_run is not None and os.path.lexists(of_run):
+            if (noted := _noted(of_run)) is None:
+                raise ArtifactError(
+                    f"{of_run} names no version, so it cannot be told what this run made. Delete it and materialize "
+                    f"{self.pipeline}/{asset} again, or start a new run"
+                )
+            return self.get(asset, noted)
         version, _ = self._read_current(asset)
         if not self.has(asset, version):
             raise ArtifactError(
@@ -255,6 +280,18 @@ class PipelineStore:
     def has_current(self, asset: str) -> bool:
         return self._current_file(asset).is_file()
 
+    def whole_current(self, asset: str) -> Artifact | None:
+        """The version later stages use where there is one and it is as published; the log tells why it is not."""
+        if not self.has_current(asset):
+            return None
+        try:
+            artifact = self.current(asset)
+            artifact.verify()
+        except ArtifactError as error:
+            logger.warning("%s", error)
+            return None
+        return artifact
+
     def has(self, asset: str, version: str) -> bool:
         return (self.folder / asset / version / MANIFEST).is_file()
 
@@ -264,15 +301,16 @@ class PipelineStore:
 
     def note_read(self, raw: Artifact, state: str) -> None:
         """Remember the state of the raw files that `raw` was read from, or found to be the content of."""
-        self._write(self._read_file, json.dumps({"version": raw.version, "state": state}))
+        with plain_disk_errors(self.folder):
+            self._write(self._read_file, json.dumps({"version": raw.version, "state": state}))
 
     def state_read(self, raw: Artifact) -> str | None:
         """The state of the raw files when `raw` was read from them last, None when another version was since."""
         try:
             noted = json.loads(self._read_file.read_text())
-        except FileNotFoundError:
+            return str(noted["state"]) if noted["version"] == raw.version else None
+        except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError):  # then the files are read again
             return None
-        return noted["state"] if noted["version"] == raw.version else None
 
     def get(self, asset: str, version: str) -> Artifact:
         """One version by its name; raises ArtifactError when it is absent, or its manifest is not as published."""
@@ -282,37 +320,50 @@ class PipelineStore:
             seal = told.pop("seal", None)
             manifest = Manifest.model_validate(told)
         except FileNotFoundError:
+            if path.is_dir():
+                raise ArtifactError(f"{path} has no {MANIFEST}. {_mend(asset)}") from None
             known = ", ".join(self._versions(asset)) or "none"
             raise ArtifactError(f"{self.pipeline}/{asset} has no version {version}; versions there: {known}") from None
-        except (ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path / MANIFEST} cannot be read: {error}. {_MEND}") from error
+        except (NotADirectoryError, IsADirectoryError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"{path / MANIFEST} cannot be read: {error}. {_mend(asset)}") from error
         if (manifest.pipeline, manifest.asset, manifest.version) != (self.pipeline, asset, version):
             raise ArtifactError(
                 f"{path} holds {_title(manifest)}, not {self.pipeline}/{asset} version {version}: it was copied there "
-                f"from somewhere else. {_MEND}"
+                f"from somewhere else. {_mend(asset)}"
             )
         if seal != _seal(told):
             raise ArtifactError(
                 f"{path / MANIFEST} was edited after {_title(manifest)} was published, or an "
-                f"older embed_pipeline published it. {_MEND}"
+                f"older embed_pipeline published it. {_mend(asset)}"
             )
         return Artifact(path, manifest)
 
     def versions(self, asset: str) -> list[Artifact]:
-        """All published versions of an asset, oldest first."""
-        found = [self.get(asset, version) for version in self._versions(asset)]
+        """The published versions of an asset, oldest first; the log tells of those that cannot be read."""
+        found = []
+        for version in self._versions(asset):
+            try:
+                found.append(self.get(asset, version))
+            except ArtifactError as error:
+                logger.warning("passed over: %s", error)
         return sorted(found, key=lambda artifact: artifact.manifest.created_at)
 
     def find(self, asset: str, recipe: Recipe) -> Artifact | None:
-        """The version that `recipe` made before, if it still stands complete."""
-        pointer = self.folder / asset / "recipes" / recipe.digest
-        if not pointer.is_file():
+        """The version that `recipe` made before, if every file of it is as published; else it is set aside."""
+        pointer = self._pointer(asset, recipe)
+        version = _noted(pointer)
+        if version is None or self._is_by_another(asset, version, recipe):
+            if os.path.lexists(pointer):
+                self._set_aside(pointer, "it does not name the version that this recipe made")
+            # Whoever published a version may have been killed before it could note its recipe.
+            made = (a.version for a in reversed(self.versions(asset)) if a.manifest.recipe.digest == recipe.digest)
+            version = next(made, None)
+        if version is None:
             return None
-        version = pointer.read_text().strip()
-        if not self.has(asset, version):
-            return None
-        artifact = self.get(asset, version)
-        return artifact if artifact.is_whole() else None
+        artifact = self._whole(asset, version)
+        if artifact is not None and not pointer.is_file():
+            self._write(pointer, version)
+        return artifact
 
     def produce(
         self,
@@ -322,32 +373,66 @@ class PipelineStore:
         make: Callable[[Path], Made],
         *,
         content: Sequence[str] | None,
+        claim: Claim | None = None,
     ) -> Produced:
         """Return the version that `recipe` stands for, making it only if it was never made.
 
         `make` fills the empty folder it is given, after every file of `inputs` was compared with its manifest.
         `content` lists the files that are handed over (tables); None takes the recipe's digest (models). The new
-        version becomes current in one rename; if `make` raises, nothing of it stays.
+        version becomes current in one rename; if `make` raises, nothing of it stays. `claim` is taken before `make`
+        is called; where another process is making the same, that may take a while.
+
+        Raises DiskError where the store is full or may not be written, ArtifactError where an input is damaged, or it
+        or the folder that is being filled was deleted meanwhile.
         """
-        found = self.find(asset, recipe)
-        if found is not None:
-            self._make_current(found, reused=True)
-            return Produced(found, reused=True)
-        for artifact in inputs:
-            artifact.verify()
-        staging = self._staging(asset)
-        staging.mkdir(parents=True)
+        with plain_disk_errors(self.folder):
+            found = self.find(asset, recipe)
+            if found is None and claim is not None and claim.take():
+                found = self.find(asset, recipe)
+            if found is not None:
+                self._make_current(found, reused=True)
+                return Produced(found, reused=True)
+            for artifact in inputs:
+                artifact.verify()
+            staging = self._staging(asset)
+            self._make_room(staging.parent)
+            staging.mkdir()
+            made = self._make(asset, inputs, make, staging)
+            # From here on the work is done: a failure to publish leaves it in the staging folder.
+            content_id = recipe.digest if content is None else _content_id(staging, content)
+            artifact = self._publish(asset, content_id, recipe, inputs, staging, made)
+            self._write(self._pointer(asset, recipe), artifact.version)
+            self._make_current(artifact, reused=False)
+            return Produced(artifact, reused=False)
+
+    def _make(self, asset: str, inputs: Sequence[Artifact], make: Callable[[Path], Made], staging: Path) -> Made:
+        """Call `make`; where it fails because somebody deleted what it reads or writes, that is the error."""
         try:
-            made = make(staging)
+            # Taken before anything is cleaned up, which frees space.
+            with plain_disk_errors(self.folder):
+                made = make(staging)
+            if not staging.is_dir():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(staging))
+        except Exception as error:
+            if not staging.is_dir():
+                raise ArtifactError(
+                    f"{staging} was deleted while {self.pipeline}/{asset} was being made in it. Leave .staging alone "
+                    f"while a run is at work, and materialize {asset} again; a training goes on from its last "
+                    "checkpoint",
+                    passing=True,
+                ) from error
+            shutil.rmtree(staging, ignore_errors=True)
+            for artifact in inputs:
+                if not all((artifact.path / name).is_file() for name in (MANIFEST, *artifact.manifest.files)):
+                    raise ArtifactError(
+                        f"{artifact.path}, or a file of it, was deleted while {self.pipeline}/{asset} was being made "
+                        f"from it. Materialize {self.pipeline}/{artifact.manifest.asset} again, then {asset}"
+                    ) from error
+            raise
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        # From here on the work is done: a failure to publish leaves it in the staging folder.
-        content_id = recipe.digest if content is None else _content_id(staging, content)
-        artifact = self._publish(asset, content_id, recipe, inputs, staging, made)
-        self._write(self.folder / asset / "recipes" / recipe.digest, artifact.version)
-        self._make_current(artifact, reused=False)
-        return Produced(artifact, reused=False)
+        return made
 
     def lineage(self, artifact: Artifact) -> dict[str, set[str]]:
         """asset -> versions that `artifact` was made from, itself included; inputs that were deleted are left out."""
@@ -365,7 +450,8 @@ class PipelineStore:
         """
         used = [*keep, *((asset, self.current(asset).version) for asset in ASSETS if self.has_current(asset))]
         for run in self._runs(younger_than=RUN_GOES_ON):
-            used += [(path.name, path.read_text().strip()) for path in run.iterdir() if path.name in ASSETS]
+            notes = [(path.name, _noted(path)) for path in run.iterdir() if path.name in ASSETS]
+            used += [(asset, version) for asset, version in notes if version is not None]
         kept: dict[str, set[str]] = {}
         for asset, version in used:
             if self.has(asset, version):
@@ -381,37 +467,45 @@ class PipelineStore:
         ]
 
     def remove(self, artifact: Artifact) -> None:
-        """Delete a version."""
-        self.remove_folder(artifact.path)
+        """Delete a version: the files that were published with it. What else lies in its folder is set aside."""
+        grave = self._bury(artifact.path)
+        if grave is None:
+            return
+        for name in (*artifact.manifest.files, MANIFEST):
+            (grave / name).unlink(missing_ok=True)
+        if any(not path.is_dir() or path.is_symlink() for path in grave.rglob("*")):
+            told = artifact.manifest
+            name = f"{told.asset}~{told.version}"
+            self._set_aside(grave, f"it was not published with {_title(told)}, which was deleted", name)
+        else:
+            shutil.rmtree(grave)
 
     def remove_folder(self, folder: Path) -> None:
-        """Delete a folder of this store; it leaves its place in one rename, so nobody sees half of it."""
-        grave = self._staging("removed")
-        grave.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(grave)
-        shutil.rmtree(grave)
+        """Delete what this store keeps for itself; of a link, the link alone.
 
-    def checkpoints(self, asset: str, recipe: Recipe) -> Path | None:
-        """A folder in which trainings by `recipe` keep what they need to go on after being killed; it outlives them.
-
-        None while another process of this machine trains by the same recipe.
+        It leaves its place in one rename, so nobody sees half of it.
         """
-        folder = self._checkpoints(asset, recipe)
-        folder.mkdir(parents=True, exist_ok=True)
-        claim = folder / "claim"
-        machine, _, process = claim.read_text().rpartition("~") if claim.is_file() else ("", "", "")
-        if machine == platform.node() and int(process) != os.getpid() and psutil.pid_exists(int(process)):
+        if (grave := self._bury(folder)) is not None:
+            shutil.rmtree(grave)
+
+    def _bury(self, path: Path) -> Path | None:
+        """Move a folder to where what is deleted lies; None where it was a link, or a file: those are gone by then."""
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
             return None
-        self._write(claim, f"{platform.node()}~{os.getpid()}")
-        return folder
+        grave = self._staging("removed")
+        self._make_room(grave.parent)
+        path.rename(grave)
+        return grave
 
-    def remove_checkpoints(self, asset: str, recipe: Recipe) -> None:
-        """The version that they led to stands."""
-        if self._checkpoints(asset, recipe).is_dir():
-            self.remove_folder(self._checkpoints(asset, recipe))
-
-    def _checkpoints(self, asset: str, recipe: Recipe) -> Path:
-        return self.folder / ".checkpoints" / asset / recipe.digest
+    @contextmanager
+    def claim(self, asset: str, recipe: Recipe) -> Iterator[Claim]:
+        """The right to train by `recipe` from and to its checkpoints; it has to be taken, and ends with the body."""
+        claim = Claim(self, asset, self.folder / ".checkpoints" / asset / recipe.digest)
+        try:
+            yield claim
+        finally:
+            claim.release()
 
     def in_the_making(self) -> list[Path]:
         """Staging folders that a process of this or another machine may be filling right now."""
@@ -424,13 +518,22 @@ class PipelineStore:
         old = [path for path in self._runs() if path not in recent]
         since = (datetime.now(UTC) - RUN_IS_OVER).timestamp()
         left = self.folder.glob(".checkpoints/*/*")
-        old += [path for path in sorted(left) if path.stat().st_mtime < since]
+        old += [path for path in sorted(left) if path.is_dir() and _last_touched(path, Claim.FILE) < since]
         return [*dead, *old, *([self.embeddings_folder] if self.embeddings_folder.is_dir() else [])]
+
+    def foreign(self) -> list[Path]:
+        """What lies among the store's own leftovers and is none of them: it is left alone."""
+        staging, runs = self.folder / ".staging", self.folder / ".runs"
+        strangers = [path for path in _entries(staging) if not _is_staged(path)]
+        return [*strangers, *(path for path in _entries(runs) if not path.is_dir())]
+
+    def set_aside(self) -> list[Path]:
+        """What was damaged or in the way, and waits for a person to look at it."""
+        return [path for path in _entries(self.folder / SET_ASIDE) if not path.name.startswith(".")]
 
     def _runs(self, younger_than: timedelta | None = None) -> list[Path]:
         """What runs passed on, a folder each; only those that were written to in so much time, if it is given."""
-        folder = self.folder / ".runs"
-        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        found = [path for path in _entries(self.folder / ".runs") if path.is_dir()]
         if younger_than is None:
             return found
         since = (datetime.now(UTC) - younger_than).timestamp()
@@ -447,20 +550,21 @@ class PipelineStore:
         pointer = self._current_file(asset)
         try:
             told = json.loads(pointer.read_text())
-            return str(told["version"]), bool(told["reused"])
+            if not _VERSION.fullmatch(version := str(told["version"])):
+                raise ValueError(f"{version[:40]!r} is no version")
+            return version, bool(told["reused"])
         except FileNotFoundError:
             raise ArtifactError(
                 f"{self.pipeline}/{asset} has no version in {self.folder}. Materialize it first: "
                 f'dagster asset materialize -m embed_pipeline.definitions --select "{self.pipeline}/{asset}"'
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (IsADirectoryError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
                 f"{pointer} cannot be read: {error!r}. Materialize {self.pipeline}/{asset} again; it is written anew"
             ) from error
 
     def _staged(self) -> list[Path]:
-        folder = self.folder / ".staging"
-        return sorted(folder.iterdir()) if folder.is_dir() else []
+        return [path for path in _entries(self.folder / ".staging") if _is_staged(path)]
 
     def _staging(self, what: str) -> Path:
         name = "~".join([what, platform.node(), str(os.getpid()), uuid.uuid4().hex[:8]])
@@ -492,17 +596,75 @@ class PipelineStore:
         told = json.loads(manifest.model_dump_json())
         self._write(staging / MANIFEST, json.dumps({**told, "seal": _seal(told)}, indent=2, ensure_ascii=False))
         path = self.folder / asset / manifest.version
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() and not self.get(asset, manifest.version).is_whole():
-            self.remove_folder(path)
+        self._make_room(path.parent)
+        # Another run may have published the same version; what else is in the way is set aside.
+        while (standing := self._whole(asset, manifest.version)) is None:
+            try:
+                staging.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                continue  # it did so just now
+            return self.get(asset, manifest.version)
+        shutil.rmtree(staging)
+        return standing
+
+    def _whole(self, asset: str, version: str) -> Artifact | None:
+        """The version, every file compared with its manifest. What stands in its place and is not, is set aside."""
+        path = self.folder / asset / version
+        if not os.path.lexists(path):
+            return None
         try:
-            staging.rename(path)
-        except OSError:
-            # Another run published the same version first; anything else is a real error.
-            if not (path / MANIFEST).is_file():
-                raise
-            shutil.rmtree(staging)
-        return self.get(asset, manifest.version)
+            return self._verified(asset, version)
+        except ArtifactError:
+            # Alone, and looked at again: another process may have put a whole one there.
+            self._make_room(self.folder / SET_ASIDE)
+            with FileLock(self.folder / SET_ASIDE / ".lock"):
+                try:
+                    return self._verified(asset, version)
+                except ArtifactError as error:
+                    self._set_aside(path, str(error))
+        return None
+
+    def _verified(self, asset: str, version: str) -> Artifact:
+        artifact = self.get(asset, version)
+        artifact.verify()
+        return artifact
+
+    def _is_by_another(self, asset: str, version: str, recipe: Recipe) -> bool:
+        """Whether a version says of itself that another recipe made it."""
+        try:
+            return self.get(asset, version).manifest.recipe.digest != recipe.digest
+        except ArtifactError:
+            return False
+
+    def _set_aside(self, path: Path, why: str, name: str | None = None) -> None:
+        """Move a file, folder or link out of the way, and tell where to; nothing is lost."""
+        place = (self.folder if path != self.folder else self.folder.parent) / SET_ASIDE
+        place.mkdir(parents=True, exist_ok=True)
+        when = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        known_by = name or f"{path.parent.name}~{path.name}".lstrip(".")
+        target = place / f"{known_by}~{when}-{uuid.uuid4().hex[:8]}"
+        with suppress(FileNotFoundError):  # another process did it
+            path.rename(target)
+            logger.warning("%s was set aside, it lies at %s now: %s", path, target, why)
+
+    def _make_room(self, folder: Path) -> None:
+        """Make a folder of this pipeline; a file that stands in the way of it, or of one above it, is set aside."""
+        root = self.folder.parent
+        for above in (root, *root.parents):
+            if above.exists():
+                if not above.is_dir():
+                    raise ConfigurationError(
+                        f"the store {root} cannot be used: {above} is a file, a folder was expected. Name another in "
+                        "EMBED_PIPELINE_STORE (or DAGSTER_HOME), or move the file"
+                    )
+                break
+        within = folder.relative_to(root)
+        for part in (root / above for above in (*reversed(within.parents), within)):
+            if os.path.lexists(part) and not part.is_dir():
+                self._set_aside(part, "a folder of the store has to be there")
+        folder.mkdir(parents=True, exist_ok=True)
 
     def _make_current(self, artifact: Artifact, reused: bool) -> None:
         pointer = self._current_file(artifact.manifest.asset)
@@ -517,25 +679,144 @@ class PipelineStore:
     def _of_run(self, asset: str) -> Path | None:
         return self.folder / ".runs" / self.run / asset if self.run else None
 
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def _pointer(self, asset: str, recipe: Recipe) -> Path:
+        return self.folder / asset / "recipes" / recipe.digest
+
+    def _write(self, path: Path, text: str) -> None:
+        """Write a file of this pipeline: whole or not at all."""
+        self._make_room(path.parent)
+        if path.is_dir() and not path.is_symlink():
+            self._set_aside(path, "a file of the store has to be there")
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+
+class Claim:
+    """The right to train by one recipe from and to the checkpoints that trainings by it leave, which outlive them.
+
+    It is a lease: a file with its owner, machine and process, renewed while it is held. A process that died on this
+    machine has lost it at once, one on another machine after LEASE_SECONDS of silence.
+    """
+
+    FILE = "claim"
+
+    def __init__(self, store: PipelineStore, asset: str, path: Path) -> None:
+        self.store, self.asset, self.path = store, asset, path
+        self.folder: Path | None = None  # of the checkpoints, while the claim is held
+        self.link: Path | None = None  # through which a training reaches them; it goes when the claim is lost
+        self._lease: SoftFileLease | None = None
+
+    def take(self) -> bool:
+        """Take the claim, and wait for whoever has it; True where it had to wait, so that the world has changed.
+
+        Where the other one is still at work after the wait, there is no `folder`: train without checkpoints.
+        """
+        waited = False
+        try:
+            self.store._make_room(self.path)
+            lease = SoftFileLease(
+                self.path / self.FILE, lease_duration=LEASE_SECONDS, on_compromise=self._lost, thread_local=False
+            )
+            try:
+                lease.acquire(timeout=0)
+            except Timeout:
+                waited, seconds = True, LEASE_SECONDS * 1.25
+                logger.warning(
+                    "%s is trained by the same recipe in %s: waiting at most %.0f s for it, in case it has died",
+                    self.asset, _owner(lease), seconds,
+                )  # fmt: skip
+                lease.acquire(timeout=seconds)
+        except Timeout:
+            logger.warning(
+                "%s is still being trained in %s: this run trains it as well, from the start and without checkpoints; "
+                "the first to end is published",
+                self.asset, _owner(lease),
+            )  # fmt: skip
+            return waited
+        except (OSError, ValueError) as error:  # filelock's own errors of a foreign claim are ValueErrors
+            logger.warning("%s is trained without checkpoints, %s cannot be claimed: %s", self.asset, self.path, error)
+            return waited
+        self._lease, self.folder = lease, self.path
+        return waited
+
+    def remove(self) -> None:
+        """Delete the checkpoints, for what they led to stands; those that another process has claimed stay."""
+        if self.path.is_dir() and self._lease is None:
+            lease = SoftFileLease(self.path / self.FILE, lease_duration=LEASE_SECONDS, thread_local=False)
+            try:
+                lease.acquire(timeout=0)
+            except (Timeout, OSError, ValueError):
+                return
+            self._lease = lease
+        if self._lease is not None and self.path.is_dir():
+            self.store.remove_folder(self.path)
+        self.release()
+
+    def release(self) -> None:
+        self.folder = None
+        if self._lease is not None:
+            with suppress(OSError):
+                self._lease.release()
+            self._lease = None
+
+    def _lost(self, compromise: LeaseCompromise) -> None:
+        """Called in the thread that renews the claim."""
+        logger.warning(
+            "the claim on %s is lost (%s): the training of %s goes on without checkpoints",
+            self.path, compromise.reason, self.asset,
+        )  # fmt: skip
+        if self.link is not None:
+            with suppress(OSError):
+                self.link.unlink(missing_ok=True)
+
+
+def _owner(lease: SoftFileLease) -> str:
+    owner = lease.owner
+    return f"process {owner.pid} on {owner.hostname}" if owner is not None else "an unknown process"
 
 
 def pipelines_in(root: Path) -> Iterator[PipelineStore]:
     """The pipelines that have anything in the store at `root`."""
     if root.is_dir():
         for folder in sorted(root.iterdir()):
-            if folder.is_dir() and folder.name != SMOKE_TEST_STORE:
+            if folder.is_dir() and folder.name != SMOKE_TEST_STORE and not folder.name.startswith("."):
                 yield PipelineStore(root, folder.name)
 
 
+def _is_staged(path: Path) -> bool:
+    """Whether this store named it, and nobody else put it among what is being made."""
+    return _STAGED.fullmatch(path.name) is not None and path.is_dir() and not path.is_symlink()
+
+
 def _may_be_alive(staging_name: str) -> bool:
-    _, machine, process, _ = staging_name.split("~")
-    return machine != platform.node() or psutil.pid_exists(int(process))
+    named = _STAGED.fullmatch(staging_name)
+    assert named is not None
+    return named["machine"] != platform.node() or psutil.pid_exists(int(named["process"]))
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _noted(path: Path) -> str | None:
+    """The version that a file of one line names; None where there is no such file, or it names none."""
+    try:
+        noted = path.read_text().strip()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+        return None
+    return noted if _VERSION.fullmatch(noted) else None
+
+
+def _last_touched(folder: Path, file: str) -> float:
+    """When a folder or one of its files changed last, in seconds since 1970."""
+    both = [path for path in (folder, folder / file) if path.exists()]
+    return max((path.stat().st_mtime for path in both), default=0.0)
 
 
 def _content_id(folder: Path, names: Sequence[str]) -> str:

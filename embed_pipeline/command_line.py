@@ -14,6 +14,7 @@ from rich.table import Table
 
 from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_in, store_root
 from embed_pipeline.champions import Champion, Promotion, models_of, read_history, read_waiting
+from embed_pipeline.disk import plain_disk_errors
 from embed_pipeline.errors import UserError
 from embed_pipeline.launch.nodes import NODES_FOLDER, join
 from embed_pipeline.libraries import COMPUTED, LIBRARIES_OF_MODELS, upgrades_since
@@ -30,7 +31,8 @@ class ReadableErrors(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with plain_disk_errors(store_root()):
+                return super().invoke(ctx)
         except UserError as error:
             raise click.ClickException(str(error)) from error
 
@@ -228,7 +230,8 @@ def prune(pipeline: str, yes: bool) -> None:
     if making := store.in_the_making():
         raise click.ClickException(
             f"a run is making {', '.join(path.name.split('~')[0] for path in making)} and may need what would go. "
-            f"Wait for it; if it died on another machine, delete {making[0]}"
+            f"Wait for it; if it died on another machine, or the process that {making[0].name} names is none of this "
+            f"program's, delete {making[0]}"
         )
     history = read_history(store)
     serving = [champion for champion in (history.champion, history.previous) if champion is not None]
@@ -244,6 +247,10 @@ def prune(pipeline: str, yes: bool) -> None:
         click.echo(f"{_verb(yes)} {folder}")
         if yes:
             store.remove_folder(folder)
+    for path in store.foreign():
+        click.echo(f"left alone {path}: this program did not write it")
+    for path in store.set_aside():
+        click.echo(f"left alone {path}: it was damaged or in the way. Delete it when you have seen it")
     if not yes:
         click.echo("nothing was deleted; add --yes to do it")
 

@@ -36,6 +36,10 @@ class ArtifactError(UserError):
     """An artifact is missing, incomplete or not the one its manifest describes."""
 
 
+class DiskError(UserError):
+    """A disk is full, or the store may not be written or read."""
+
+
 class TrainingError(UserError):
     """A training cannot start or has failed; carries the first failing rank's cause."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from embed_pipeline import __version__
-from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Recipe, RunIds, is_smoke_test, store_root
+from embed_pipeline.artifacts import (
+    Artifact,
+    Claim,
+    Made,
+    PipelineStore,
+    Produced,
+    Recipe,
+    RunIds,
+    is_smoke_test,
+    store_root,
+)
 from embed_pipeline.champions import Champion, models_of, pair_key, pointer, read_history
 from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError, HubError
 from embed_pipeline.evaluation.guard_files import guard_digest
@@ -294,7 +304,7 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
     told = {**_training_told(pipeline, settings, processes), **_extra_sources_told(pipeline, "embedder")}
     recipe = pipeline.recipe("embedder", inputs, digests, told)
 
-    def make(out: Path) -> Made:
+    def make(out: Path, claim: Claim) -> Made:
         _load_guards(pipeline)  # a guard set that cannot be read is told before the training, not after
         job = EmbedderJob(
             settings=settings,
@@ -311,7 +321,7 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
             output=out,
             world_size=processes,
         )
-        return _train(pipeline, "embedder", recipe, job, launch, inputs)
+        return _train(pipeline, "embedder", claim, job, launch, inputs)
 
     return _produce_model(pipeline, "embedder", recipe, inputs, make)
 
@@ -408,7 +418,7 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
         },
     )
 
-    def make(out: Path) -> Made:
+    def make(out: Path, claim: Claim) -> Made:
         from embed_pipeline.mining.retrieve import retrieve
 
         pair_length(base, settings)  # lengths that the model cannot take are told before mining, not after
@@ -438,7 +448,7 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
             output=out,
             world_size=processes,
         )
-        return _train(pipeline, "reranker", recipe, job, launch, [cleaned, embedder])
+        return _train(pipeline, "reranker", claim, job, launch, [cleaned, embedder])
 
     return _produce_model(pipeline, "reranker", recipe, [cleaned, embedder], make)
 
@@ -719,7 +729,7 @@ def make_hub(pipeline: Pipeline) -> Produced:
     inputs = [artifact for artifact in (embedder, reranker, exports) if artifact is not None]
     told = {"hub": settings.hub.model_dump(mode="json"), "card": settings.card.model_dump(mode="json")}
     recipe = pipeline.recipe("hub", inputs, {"evaluation": champion.evaluation}, told)
-    last = store.current("hub") if store.has_current("hub") else None
+    last = store.whole_current("hub")
     if last is not None and pushed_already(last, recipe):
         return Produced(last, reused=True)
     # After a rollback the same models are pushed again: something else lies in the repositories by then.
@@ -1041,31 +1051,40 @@ def _mine(
 
 
 def _produce_model(
-    pipeline: Pipeline, asset: str, recipe: Recipe, inputs: Sequence[Artifact], make: Callable[[Path], Made]
+    pipeline: Pipeline,
+    asset: str,
+    recipe: Recipe,
+    inputs: Sequence[Artifact],
+    make: Callable[[Path, Claim], Made],
 ) -> Produced:
     """As `produce`; the checkpoints go when the model is published, and stay for another try when it is not."""
-    produced = pipeline.store.produce(asset, recipe, inputs, make, content=None)
-    pipeline.store.remove_checkpoints(asset, recipe)
+    with pipeline.store.claim(asset, recipe) as claim:
+        produced = pipeline.store.produce(
+            asset, recipe, inputs, lambda out: make(out, claim), content=None, claim=claim
+        )
+        claim.remove()
     return produced
 
 
 def _train(
-    pipeline: Pipeline, asset: str, recipe: Recipe, job: TrainingJob, launch: Launch, inputs: Sequence[Artifact]
+    pipeline: Pipeline, asset: str, claim: Claim, job: TrainingJob, launch: Launch, inputs: Sequence[Artifact]
 ) -> Made:
     """A training that was killed goes on where the same recipe left off, in its MLflow run."""
     job_file = job.write(job.output / JOB_FILE)
-    checkpoints, linked = pipeline.store.checkpoints(asset, recipe), job.output / CHECKPOINTS_FOLDER
+    checkpoints, linked = claim.folder, job.output / CHECKPOINTS_FOLDER
     before = None
     if checkpoints is not None:
         linked.symlink_to(checkpoints.absolute(), target_is_directory=True)
+        claim.link = linked
         noted = checkpoints / "mlflow_journal"
-        before = noted.read_text() if noted.is_file() and any(checkpoints.glob("step-*")) else None
+        before = noted.read_text(errors="replace") if noted.is_file() and any(checkpoints.glob("step-*")) else None
     with pipeline.tracked(asset, goes_on=before) as tracked:
         if not tracked.goes_on:
             tracked.log_parameters(job.model_dump(mode="json"))
             tracked.log_inputs(inputs, "training")
             if checkpoints is not None:
-                (checkpoints / "mlflow_journal").write_text(tracked.journal.name)
+                with suppress(FileNotFoundError):  # somebody deleted them: then there is nothing to go on from
+                    (checkpoints / "mlflow_journal").write_text(tracked.journal.name)
         launch(job, job_file, tracked, pipeline.site)
         linked.unlink(missing_ok=True)
         if pipeline.settings.tracking.log_model:

@@ -54,16 +54,20 @@ def minilm_folder() -> Path:
 @pytest.fixture(scope="session")
 def tiny_bert_folder(minilm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentence-transformers model of 2 layers and 32 dimensions with random weights: mechanics without the wait."""
+    return write_tiny_bert(minilm_folder, tmp_path_factory.mktemp("tiny_bert"))
+
+
+def write_tiny_bert(tokenizer_folder: Path, folder: Path) -> Path:
+    """Write it to `folder/model`, and as a plain transformers model to `folder/plain`; returns the former."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    folder = tmp_path_factory.mktemp("tiny_bert")
     plain = folder / "plain"
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder))
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder))
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,

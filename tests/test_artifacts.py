@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
-from embed_pipeline.artifacts import RUN_GOES_ON, RUN_IS_OVER, Artifact, Made, PipelineStore, Produced, Recipe, RunIds
-from embed_pipeline.errors import ArtifactError
+from embed_pipeline.artifacts import (
+    RUN_GOES_ON,
+    RUN_IS_OVER,
+    Artifact,
+    Claim,
+    Made,
+    PipelineStore,
+    Produced,
+    Recipe,
+    RunIds,
+)
+from embed_pipeline.errors import ArtifactError, ConfigurationError, TrainingError
 
 
 @pytest.fixture
@@ -357,13 +371,20 @@ def test_a_version_that_is_not_what_was_published_here_is_refused_everywhere(
     readers: list[Callable[[], object]] = [
         lambda: store.current("embedder"),
         lambda: store.get("embedder", artifact.version),
-        lambda: store.versions("embedder"),
-        lambda: table(store, "embedder", "abc"),  # found made before
-        store.prunable,
+        store.prunable,  # what it was made from cannot be told
     ]
     for read in readers:
         with pytest.raises(ArtifactError, match=said):
             read()
+    assert artifact.version not in [listed.version for listed in store.versions("embedder")]
+
+    again = table(store, "embedder", "abc")
+
+    assert not again.reused
+    assert again.artifact.version == artifact.version
+    again.artifact.verify()
+    assert len(store.set_aside()) == 1
+    assert store.prunable() == []
 
 
 def test_a_manifest_written_anew_with_the_same_content_is_the_same(store: PipelineStore) -> None:
@@ -405,21 +426,296 @@ def test_a_pointer_that_leads_nowhere_says_so_and_is_mended_by_making_it_again(
     assert store.current("raw_pairs") == artifact
 
 
+@contextmanager
+def claimed(store: PipelineStore, made_by: Recipe) -> Iterator[Claim]:
+    with store.claim("embedder", made_by) as claim:
+        claim.take()
+        yield claim
+
+
 def test_checkpoints_outlive_a_training_but_not_its_version(store: PipelineStore) -> None:
     made_by = recipe({"k": 1})
-    folder = store.checkpoints("embedder", made_by)
-    assert folder is not None
-    assert folder == PipelineStore(store.folder.parent, "support").checkpoints("embedder", made_by)
-    assert folder != store.checkpoints("embedder", recipe({"k": 2}))
-
-    (folder / "claim").write_text(f"{platform.node()}~{os.getppid()}")
-    assert store.checkpoints("embedder", made_by) is None, "another living process trains by the same recipe"
-    (folder / "claim").write_text(f"another-machine~{os.getppid()}")
-    assert store.checkpoints("embedder", made_by) == folder
+    with claimed(store, made_by) as claim:
+        folder = claim.folder
+        assert folder is not None
+        (folder / "step-1").mkdir()
+        with claimed(store, recipe({"k": 2})) as other:
+            assert other.folder not in (None, folder)
+    assert (folder / "step-1").is_dir()
 
     assert store.abandoned() == []
-    os.utime(folder, (0, 0))
+    for path in (folder, folder / "claim"):
+        if path.exists():
+            os.utime(path, (0, 0))
     assert store.abandoned() == [folder]
-    store.remove_checkpoints("embedder", made_by)
+    with claimed(store, made_by) as claim:
+        claim.remove()
     assert not folder.exists()
-    store.remove_checkpoints("embedder", made_by)
+    with store.claim("embedder", made_by) as claim:
+        claim.remove()
+
+
+def claim_and_wait(root: Path, told: Connection, after: str) -> None:
+    """In a process of its own: take the claim, and hold it until told; or die with it."""
+    with PipelineStore(root, "support").claim("embedder", recipe({"k": 1})) as claim:
+        claim.take()
+        told.send(claim.folder)
+        told.recv()
+        if after == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if after == "publishes":
+            table(PipelineStore(root, "support"), "embedder", "weights", {"k": 1})
+
+
+@pytest.mark.parametrize("after", ["holds it", "dies", "publishes"])
+def test_a_claim_is_one_processs_at_a_time(
+    store: PipelineStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, after: str
+) -> None:
+    monkeypatch.setattr("embed_pipeline.artifacts.LEASE_SECONDS", 0.4 if after == "holds it" else 60.0)
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    other = context.Process(target=claim_and_wait, args=(store.folder.parent, theirs, after))
+    other.start()
+    assert ours.recv() == store.folder / ".checkpoints" / "embedder" / recipe({"k": 1}).digest
+    if after != "holds it":
+        # Clocks do not matter: neither what the other wrote last, nor when.
+        for path in (store.folder / ".checkpoints").rglob("*"):
+            os.utime(path, (4e9, 4e9))
+        ours.send("go on")
+        other.join(timeout=30)
+
+    with store.claim("embedder", recipe({"k": 1})) as claim:
+        produced = store.produce("embedder", recipe({"k": 1}), [], weights, content=["rows.txt"], claim=claim)
+        assert (claim.folder is None) == (after != "dies")
+        claim.remove()
+
+    assert produced.reused == (after == "publishes")
+    if after == "holds it":
+        assert f"is still being trained in process {other.pid} on {platform.node()}" in caplog.text
+        assert (store.folder / ".checkpoints" / "embedder" / recipe({"k": 1}).digest).is_dir(), "it is the other's"
+        ours.send("go on")
+        other.join(timeout=30)
+    store.current("embedder").verify()
+
+
+def test_a_claim_of_another_machine_ends_when_it_falls_silent(
+    store: PipelineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embed_pipeline.artifacts.LEASE_SECONDS", 0.4)
+    with claimed(store, recipe()) as claim:
+        assert claim.folder is not None
+        lease = claim.folder / "claim"
+        told = lease.read_text()
+    lease.write_text(told.replace(f"host={platform.node()}", "host=another-machine"))
+    os.utime(lease, (4e9, 4e9))
+
+    with claimed(store, recipe()) as claim:
+        assert claim.folder is not None
+
+
+def test_a_claim_that_is_lost_takes_the_training_off_the_checkpoints(
+    store: PipelineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embed_pipeline.artifacts.LEASE_SECONDS", 0.3)
+    with claimed(store, recipe()) as claim:
+        assert claim.folder is not None
+        claim.link = tmp_path / "checkpoints"
+        claim.link.symlink_to(claim.folder)
+        shutil.rmtree(store.folder / ".checkpoints")
+        deadline = time.monotonic() + 30
+        while claim.link.is_symlink() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not claim.link.is_symlink()
+
+
+# ------------------------------------------------------------------------- what is damaged or in the way
+
+
+def weights(out: Path) -> Made:
+    (out / "rows.txt").write_text("weights")
+    return Made({}, RunIds())
+
+
+def file_at(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\xff not yours")
+
+
+def folder_at(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir(parents=True)
+    (path / "notes.txt").write_text("somebody's")
+
+
+def link_at(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("/nowhere/at/all")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def emptied(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def written(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+VERSION = "raw_pairs/{version}"
+HARM: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "a flipped bit": (f"{VERSION}/rows.txt", flip),
+    "a flipped bit of what is not handed over": (f"{VERSION}/rejected.txt", flip),
+    "a file for a file's folder": (f"{VERSION}/rows.txt", folder_at),
+    "a deleted manifest": (f"{VERSION}/manifest.json", Path.unlink),
+    "an empty manifest": (f"{VERSION}/manifest.json", lambda path: written(path, "")),
+    "a manifest of garbage": (f"{VERSION}/manifest.json", file_at),
+    "a folder for a manifest": (f"{VERSION}/manifest.json", folder_at),
+    "a file for a version": (VERSION, file_at),
+    "a dead link for a version": (VERSION, link_at),
+    "an empty folder for a version": (VERSION, emptied),
+    "a recipe of garbage": ("raw_pairs/recipes/{recipe}", file_at),
+    "a recipe too long to be a name": ("raw_pairs/recipes/{recipe}", lambda path: written(path, "a" * 5000)),
+    "a recipe that leads out of the store": ("raw_pairs/recipes/{recipe}", lambda path: written(path, "../../x")),
+    "a folder for a recipe": ("raw_pairs/recipes/{recipe}", folder_at),
+    "a file for the recipes": ("raw_pairs/recipes", file_at),
+    "a file for the asset": ("raw_pairs", file_at),
+    "a pointer of garbage": ("raw_pairs/current.json", file_at),
+    "a folder for the pointer": ("raw_pairs/current.json", folder_at),
+    "a file for what is being made": (".staging", file_at),
+    "a dead link for what is being made": (".staging", link_at),
+    "a file for the runs' notes": (".runs", file_at),
+    "a note of a run that is garbage": (".runs/run-a/raw_pairs", file_at),
+    "a file for the pipeline": ("", file_at),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_what_is_damaged_or_in_the_way_is_set_aside_and_made_again(
+    store: PipelineStore, caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
+    own = in_run(store, "run-a")
+    artifact = table(own, "raw_pairs", "abc").artifact
+    where, harmed = HARM[harm]
+    place = store.folder / where.format(version=artifact.version, recipe=recipe().digest)
+    harmed(place)
+    harmed_files = {path.read_bytes() for path in (place, *place.rglob("*")) if path.is_file()}
+
+    again = table(own, "raw_pairs", "abc")
+
+    damaged = place.is_relative_to(artifact.path) or harm in ("a file for the asset", "a file for the pipeline")
+    assert again.reused == (not damaged)
+    assert again.artifact.version == artifact.version
+    for reader in (store, own, in_run(store, "run-b")):
+        reader.current("raw_pairs").verify()
+    assert not store.in_the_making()
+    # Once is enough, and nothing was lost.
+    assert table(own, "raw_pairs", "abc").reused
+    aside = [place for root in (store.folder, store.folder.parent) for place in (root / ".set_aside").rglob("*")]
+    kept = {path.read_bytes() for path in aside if path.is_file()}
+    left = {place.read_bytes()} if place.is_file() else set()
+    overwritten = harm in ("a pointer of garbage", "a note of a run that is garbage")
+    assert overwritten or harmed_files <= kept | left
+    if kept:
+        assert "was set aside, it lies at" in caplog.text
+
+
+def test_a_store_that_is_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file of mine")
+    for root in (tmp_path / "store", tmp_path / "store" / "deeper"):
+        with pytest.raises(ConfigurationError, match=rf"{tmp_path}/store is a file.*EMBED_PIPELINE_STORE"):
+            table(PipelineStore(root, "support"), "raw_pairs", "abc")
+    assert (tmp_path / "store").read_text() == "a file of mine"
+
+
+def test_an_old_version_that_cannot_be_read_does_not_stop_what_follows(store: PipelineStore) -> None:
+    old = table(store, "evaluation", "last month", {"k": 1}).artifact
+    (old.path / "manifest.json").write_text("{}")
+
+    today = table(store, "evaluation", "today", {"k": 2}).artifact
+
+    assert store.versions("evaluation") == [today]
+    assert store.prunable() == []
+    assert old.path.is_dir()
+
+
+def test_what_a_killed_process_published_is_found_although_it_noted_nothing(store: PipelineStore) -> None:
+    first = table(store, "raw_pairs", "abc").artifact
+    shutil.rmtree(store.folder / "raw_pairs" / "recipes")
+    (store.folder / "raw_pairs" / "current.json").unlink()
+
+    assert table(store, "raw_pairs", "abc").reused
+    assert store.current("raw_pairs") == first
+
+
+def test_deleting_takes_what_the_store_wrote_and_follows_no_link(store: PipelineStore, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    folder_at(elsewhere)
+    artifact = table(store, "raw_pairs", "abc").artifact
+    (artifact.path / "notes").mkdir()
+    (artifact.path / "notes" / "mine.txt").write_text("mine")
+    (artifact.path / "linked").symlink_to(elsewhere)
+
+    store.remove(artifact)
+
+    assert not artifact.path.exists()
+    (aside,) = store.set_aside()
+    assert sorted(path.name for path in aside.rglob("*")) == ["linked", "mine.txt", "notes"]
+
+    store.embeddings_folder.symlink_to(elsewhere)
+    assert store.embeddings_folder in store.abandoned()
+    store.remove_folder(store.embeddings_folder)
+    assert not store.embeddings_folder.is_symlink()
+    assert (elsewhere / "notes.txt").is_file()
+
+
+def test_what_others_put_among_the_leftovers_is_left_alone(store: PipelineStore) -> None:
+    table(in_run(store, "run-a"), "raw_pairs", "abc")
+    staging, runs = store.folder / ".staging", store.folder / ".runs"
+    foreign = [staging / "notes.txt", staging / "embedder~x", staging / f"embedder~{platform.node()}~4194305~00000000"]
+    for path in (*foreign, runs / "notes.txt"):
+        path.write_text("mine")
+
+    assert store.in_the_making() == store.abandoned() == []
+    assert store.prunable() == []
+    assert set(store.foreign()) == {*foreign, runs / "notes.txt"}
+
+
+def test_a_folder_that_is_deleted_while_it_is_filled_is_the_error(store: PipelineStore) -> None:
+    def deleted(out: Path) -> Made:
+        shutil.rmtree(out)
+        raise TrainingError("the job ended with exit code 1, and no rank left an error; its log is above")
+
+    def deleted_in_the_end(out: Path) -> Made:
+        shutil.rmtree(out)
+        return Made({}, RunIds())
+
+    for make in (deleted, deleted_in_the_end):
+        with pytest.raises(ArtifactError, match=r"\.staging/embedder~.* was deleted while support/embedder") as told:
+            store.produce("embedder", recipe(), [], make, content=None)
+        assert told.value.passing
+        assert not store.has_current("embedder")
+
+
+def test_an_input_that_is_deleted_while_it_is_read_is_the_error(store: PipelineStore) -> None:
+    raw = table(store, "raw_pairs", "abc").artifact
+
+    def read(out: Path) -> Made:
+        shutil.rmtree(raw.path)
+        return Made({"rows": (raw.path / "rows.txt").read_text()}, RunIds())
+
+    with pytest.raises(
+        ArtifactError, match=rf"{raw.path}, or a file of it, was deleted.*support/raw_pairs again, then"
+    ):
+        store.produce("cleaned_pairs", recipe(), [raw], read, content=None)
+    assert list((store.folder / ".staging").iterdir()) == []

@@ -55,6 +55,23 @@ def test_prune_shows_first_and_deletes_only_when_told(store: PipelineStore) -> N
     assert new.path.is_dir()
 
 
+def test_prune_leaves_alone_what_it_did_not_write(store: PipelineStore) -> None:
+    damaged = publish(store, 1)
+    (damaged.path / "rows.txt").write_text("2")
+    publish(store, 1)
+    (aside,) = store.set_aside()
+    foreign = [store.folder / ".staging" / name for name in ("notes.txt", "a folder")]
+    foreign[1].mkdir(parents=True)
+    foreign[0].write_text("mine")
+
+    result = run("prune", "support", "--yes")
+
+    assert result.exit_code == 0, result.output
+    for path in (*foreign, aside):
+        assert f"left alone {path}" in result.output
+        assert path.exists()
+
+
 def test_prune_waits_for_a_run_that_is_making_something(store: PipelineStore) -> None:
     publish(store, 1)
     (store.folder / ".staging" / "embedder~another-machine~1~00000000").mkdir(parents=True)

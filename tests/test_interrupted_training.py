@@ -16,6 +16,7 @@ from embed_pipeline.artifacts import PipelineStore
 from embed_pipeline.settings import PipelineSettings
 from embed_pipeline.stages import Pipeline, make_cleaned_pairs, make_embedder, make_hard_negatives, make_raw_pairs
 from embed_pipeline.tracking.server import tracking_uri
+from embed_pipeline.training.run import WORK_FOLDER
 from tests.orchestration.conftest import settings_of, write_pipeline
 
 TRAINING = {"checkpoint_minutes": 0, "logging_steps": 2, "max_steps": 16, "epochs": 4, "dropout": 0.1}
@@ -63,7 +64,7 @@ def test_it_goes_on_in_the_same_mlflow_run(
     assert weights[0].keys() == weights[1].keys()
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
     assert resumed.version == undisturbed.version
-    assert not [name for name in resumed.manifest.files if name.startswith(("checkpoints", "work"))]
+    assert not [name for name in resumed.manifest.files if name.startswith(("checkpoints", WORK_FOLDER))]
     assert not list(killed.store.folder.glob(".checkpoints/embedder/*"))
 
     client = mlflow.MlflowClient(tracking_uri())

@@ -7,6 +7,7 @@ were seen once in some hundred runs; a training that hangs after its work is don
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -15,9 +16,10 @@ from typing import NoReturn
 
 
 def leave(code: int = 0) -> NoReturn:
-    """End this process now, with what it printed."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End this process now, with what it printed, as far as that can be written."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a full disk, a reader that is gone, a closed stream
+            stream.flush()
     os._exit(code)
 
 
@@ -28,6 +30,7 @@ def run_and_leave(main: Callable[[], object]) -> NoReturn:
     except SystemExit as ended:
         leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
     except BaseException:
-        traceback.print_exc()
+        with contextlib.suppress(OSError, ValueError):
+            traceback.print_exc()
         leave(1)
     leave()

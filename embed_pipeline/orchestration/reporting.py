@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from embed_pipeline.artifacts import Artifact, Produced
+from embed_pipeline.artifacts import Artifact, Produced, store_root
+from embed_pipeline.disk import plain_disk_errors
 from embed_pipeline.errors import UserError
 from embed_pipeline.launch.parent_death import end_with_parent
 from embed_pipeline.libraries import upgrades_since
@@ -31,7 +32,8 @@ def readable_errors() -> Iterator[None]:
     """
     end_with_parent()
     try:
-        yield
+        with plain_disk_errors(store_root()):
+            yield
     except UserError as error:
         raise dg.Failure(description=str(error), allow_retries=error.passing) from error
 

@@ -3,10 +3,12 @@
 A training that goes on from one ends with the weights of one that was never interrupted, bit by bit on a CPU: besides
 weights and optimizer a checkpoint holds every rank's random numbers, the place in the data, what dev has said, and the
 log. It is a folder `step-<N>` whose manifest.json is written last and names the job that wrote it. Nothing else is ever
-read: optimizer and random states are pickles.
+read, and no pickle is: of what torch saved, tensors and plain values alone are loaded. One that cannot be used is set
+aside, and the next older one is tried.
 
 They lie in `checkpoints` of the job's output, which may be a link to a folder that outlives the output. A training that
-is asked to end (cancelled, preempted) writes one first, if it is fast enough for its torchrun.
+is asked to end (cancelled, preempted) writes one first, if it is fast enough for its torchrun. Where none can be
+written, or somebody deletes the folder, the training goes on without.
 """
 
 from __future__ import annotations
@@ -15,17 +17,22 @@ import hashlib
 import json
 import logging
 import os
+import re
+import secrets
 import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
 
 from embed_pipeline.artifacts import sha256_of
 from embed_pipeline.training.callbacks import DevEvaluation
@@ -43,6 +50,8 @@ _PROGRESS = "progress.json"
 _WEIGHTS = "weights.pt"
 _BEST = "best.safetensors"
 _STATE = "trainer_state.json"
+_STEP = re.compile(r"step-(\d+)")
+_PARTIAL = re.compile(r"\.step-\d+-[0-9a-f]{8}")
 _LIBRARIES = ("torch", "transformers", "accelerate", "sentence-transformers", "FlagEmbedding", "peft")
 
 
@@ -71,6 +80,8 @@ class Checkpoints(TrainerCallback):
         self.epoch_began = 0
         self.steps_before, self.seconds_before = 0, 0.0
         self.asked_to_end = False
+        # Of what is being written: two trainings that believe to be alone do not write into each other's folders.
+        self.token = from_main(secrets.token_hex(4))
         # transformers saves and loads for its own kinds of model; when, where and what are ours.
         self.trainer = cast("Any", prepared.trainer)
         self.init_training_state = self.trainer._init_training_state
@@ -80,7 +91,7 @@ class Checkpoints(TrainerCallback):
 
     def resume(self) -> str | None:
         """The newest checkpoint, for `Trainer.train`; what is not the Trainer's own is taken up here."""
-        newest = self._newest() if self.is_main else None
+        newest = self._begin() if self.is_main else None
         name = from_main(newest and newest.name)
         if name is None:
             return None
@@ -128,18 +139,15 @@ class Checkpoints(TrainerCallback):
     def save(self) -> None:
         """Every rank comes here after the same step. Where it cannot be written, the training goes on without it."""
         step = self.trainer.state.global_step
-        partial = self.folder / f".step-{step}"
+        partial = self.folder / f".step-{step}-{self.token}"
+        error = from_main(_made(partial) if self.is_main else None)
+        errors = [error] if error else [told for told in from_all(self._write(partial, step)) if told]
         if self.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        wait()
-        errors = [error for error in from_all(self._write(partial, step)) if error]
-        if self.is_main:
+            if not errors:
+                errors = [told for told in (self._publish(partial, step),) if told]
             if errors:
                 shutil.rmtree(partial, ignore_errors=True)
                 logger.warning("step %d has no checkpoint, the training goes on: %s", step, errors[0])
-            else:
-                self._publish(partial, step)
         self.saved_at = time.monotonic()
         if self.asked_to_end:
             wait()
@@ -171,35 +179,96 @@ class Checkpoints(TrainerCallback):
             return str(error)
         return None
 
-    def _publish(self, partial: Path, step: int) -> None:
-        files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
-        (partial / _MANIFEST).write_text(json.dumps({"writer": self.writer, "files": files}, indent=2))
-        final = self.folder / f"step-{step}"
-        shutil.rmtree(final, ignore_errors=True)  # a broken one
-        partial.rename(final)
-        for old in _by_step(self.folder)[KEPT:]:
-            shutil.rmtree(old)
+    def _publish(self, partial: Path, step: int) -> str | None:
+        """Name what every rank has written to; what went wrong."""
+        try:
+            files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+            (partial / _MANIFEST).write_text(json.dumps({"writer": self.writer, "files": files}, indent=2))
+            final = self.folder / f"step-{step}"
+            if final.exists():  # of another training by this recipe, or broken
+                self._set_aside(final)
+            partial.rename(final)
+            # Those of other writers stay: they are not ours to count or to delete.
+            own = [path for path in _by_step(self.folder) if (path / _MANIFEST).is_file() and not self._foreign(path)]
+            for old in own[KEPT:]:
+                shutil.rmtree(old)
+        except OSError as error:
+            return str(error)
+        return None
 
     # ----------------------------------------------------------------------------------------------- reading
 
-    def _newest(self) -> Path | None:
+    def _begin(self) -> Path | None:
+        """Make the folder, clear away what a killed training was writing, and find the newest checkpoint of use."""
+        with suppress(OSError):  # then none is written, which is told when one is due
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                if _PARTIAL.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
         for path in _by_step(self.folder):
-            broken = self._broken(path)
-            if broken is None:
+            why = self._foreign(path)
+            if why is None and not (path / _MANIFEST).is_file():
+                why = f"it has no {_MANIFEST}, so no training here wrote it"
+            if why is None and (why := self._broken(path)) is not None:
+                why = f"{why}. It lies at {self._set_aside(path)} now"
+            if why is None:
                 return path
-            logger.warning("%s is not used: %s", path, broken)
+            logger.warning("%s is not used: %s", path, why)
+        return None
+
+    def _set_aside(self, path: Path) -> Path:
+        aside = path.with_name(f"unused-{path.name}-{secrets.token_hex(4)}")
+        try:
+            path.rename(aside)
+        except OSError:  # read-only, or gone
+            return path
+        return aside
+
+    def _foreign(self, path: Path) -> str | None:
+        """Why a checkpoint is none of this job's, if its manifest can be read."""
+        try:
+            writer = json.loads((path / _MANIFEST).read_text())["writer"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if writer != self.writer:
+            return "it was written by another job, other versions of the libraries, or on another kind of machine"
         return None
 
     def _broken(self, path: Path) -> str | None:
+        """Why a checkpoint of this job cannot be gone on from."""
         try:
-            manifest = json.loads((path / _MANIFEST).read_text())
-            if manifest["writer"] != self.writer:
-                return "it was written by another job, other versions of the libraries, or on another kind of machine"
-            for name, digest in manifest["files"].items():
+            files = json.loads((path / _MANIFEST).read_text())["files"]
+            for name, digest in files.items():
                 if sha256_of(path / name) != digest:
                     return f"{name} is not what was written"
-        except (OSError, ValueError, KeyError) as error:
+            if missing := [name for name in (_PROGRESS, _STATE, _WEIGHTS, TRAINING_LOG_FILE) if name not in files]:
+                return f"its {_MANIFEST} does not list {', '.join(missing)}"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return f"it has no good {_MANIFEST}, or not every file: {error}"
+        try:
+            return self._unreadable(path, list(files))
+        except Exception as error:  # whatever torch and transformers make of a file that nobody here wrote
+            return f"it cannot be loaded: {type(error).__name__}: {error}"
+
+    def _unreadable(self, path: Path, files: list[str]) -> str | None:
+        """Read a checkpoint as `resume` and the Trainer will; what does not fit this training."""
+        told, step = json.loads((path / _PROGRESS).read_text()), _step(path)
+        state = TrainerState.load_from_json(str(path / _STATE))
+        if told["step"] != step or state.global_step != step or not isinstance(told["seconds"], int | float):
+            return f"{_PROGRESS} or {_STATE} are not of step {step}"
+        if not all(isinstance(told[name], int) for name in ("epoch", "steps")):
+            return f"{_PROGRESS} names no place in the data"
+        if told["dev"].keys() != self.evaluation.told().keys():
+            return f"{_PROGRESS} has other figures of dev"
+        (path / TRAINING_LOG_FILE).read_text()
+        if _BEST in files:
+            safe_open(path / _BEST, "pt").keys()
+        with safe_globals():
+            for name in files:
+                if name.endswith((".pt", ".pth")):
+                    loaded = torch.load(path / name, map_location="cpu", weights_only=True, mmap=True)
+                    if name == _WEIGHTS and _shapes(loaded) != _shapes(_tensors(self.trainer)):
+                        return f"{name} is of another model"
         return None
 
     def _load_weights(self, folder: str, model: nn.Module | None = None) -> None:
@@ -231,9 +300,38 @@ def _writer(job: TrainingJob, rank: Rank, prepared: Prepared[Any]) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints in `folder`, and it if nothing else lies there."""
+    with suppress(OSError):
+        for path in _by_step(folder):
+            if (path / _MANIFEST).is_file():
+                shutil.rmtree(path, ignore_errors=True)
+        folder.rmdir()
+
+
+def _made(folder: Path) -> str | None:
+    """Make a folder; why it could not be made. Its parent is not made again: whoever deleted it may be at work."""
+    try:
+        folder.mkdir()
+    except FileNotFoundError:
+        return f"{folder.parent} was deleted, or its claim was lost"
+    except OSError as error:
+        return str(error)
+    return None
+
+
 def _by_step(folder: Path) -> list[Path]:
     """The newest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _shapes(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {part: {name: tensor.shape for name, tensor in named.items()} for part, named in tensors.items()}
 
 
 def _tensors(trainer: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.training.callbacks import DevEvaluation, FiniteLoss, MovingLoss, Reporting
-from embed_pipeline.training.checkpoints import Checkpoints
+from embed_pipeline.training.checkpoints import Checkpoints, remove_checkpoints
 from embed_pipeline.training.collapse import collapsed
 from embed_pipeline.training.data_checks import DataReport, check_data
 from embed_pipeline.training.engines import Prepared
@@ -32,19 +32,21 @@ from embed_pipeline.training.sources import TrainingSource
 
 logger = logging.getLogger(__name__)
 
+WORK_FOLDER = ".training_work"  # the output may be a folder in which a person keeps a `work`
+
 
 def work_folder(job: TrainingJob) -> Path:
     """Where a training keeps what nobody needs afterwards."""
-    folder = job.output / "work"
+    folder = job.output / WORK_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def remove_work_folder(job: TrainingJob) -> None:
-    shutil.rmtree(job.output / "work")
+    shutil.rmtree(job.output / WORK_FOLDER, ignore_errors=True)
     checkpoints = job.output / CHECKPOINTS_FOLDER
     if not checkpoints.is_symlink():  # else they go when the model is safe
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        remove_checkpoints(checkpoints)
 
 
 def train(

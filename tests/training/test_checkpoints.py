@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
 import shutil
@@ -14,13 +15,16 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from small_problem import Trained, launch, read_output
 from test_one_process import KINDS, same_weights
 
+from embed_pipeline.artifacts import sha256_of
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.launch.job import Site, launch_job
 from embed_pipeline.settings import ExtraSourceSettings, LaunchSettings
 from embed_pipeline.training.callbacks import Reporting
+from embed_pipeline.training.checkpoints import Checkpoints
 from embed_pipeline.training.job import TrainingJob
 
 ALWAYS = {"checkpoint_minutes": 0, "logging_steps": 4, "evaluations": 4, "early_stopping_patience": 4}
@@ -130,6 +134,109 @@ def test_only_whole_checkpoints_of_the_same_job_are_used(
     assert "step-9 is not used: it was written by another job" in caplog.text
     assert "step-6 is not used: weights.pt is not what was written" in caplog.text
     assert "going on after step 4" in caplog.text
+
+
+def forge(checkpoint: Path, name: str, content: bytes) -> None:
+    """Another content of a file, and a manifest that vouches for it."""
+    (checkpoint / name).write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][name] = sha256_of(checkpoint / name)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def pickled(path: Path) -> bytes:
+    """Code that runs where a pickle is loaded as one."""
+
+    class Harm:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (path,))
+
+    content = io.BytesIO()
+    torch.save(Harm(), content)
+    return content.getvalue()
+
+
+def test_a_forged_checkpoint_is_set_aside_for_the_next_older_one(
+    train_here: Callable[..., Trained],
+    interrupted: Callable[..., Trained],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    harmed = tmp_path / "harmed"
+    smaller = io.BytesIO()
+    torch.save({"model": {"weight": torch.zeros(1)}, "losses": {}}, smaller)
+    forged = {
+        "optimizer.pt": pickled(harmed),
+        "rng_state.pth": pickled(harmed),
+        "scheduler.pt": b"garbage",
+        "weights.pt": smaller.getvalue(),
+        "progress.json": b"[]",
+        "trainer_state.json": b"{",
+        "best.safetensors": b"garbage",
+    }
+
+    def spoil(folder: Path) -> None:
+        good = folder / "step-6"
+        for number, (name, content) in enumerate(forged.items()):
+            copy = folder / f"step-{100 + number}"
+            shutil.copytree(good, copy)
+            # Of its own step in every other file.
+            for told in ("progress.json", "trainer_state.json"):
+                text = (copy / told).read_text()
+                forge(copy, told, text.replace('step": 6', f'step": {100 + number}').encode())
+            forge(copy, name, content)
+        (folder / "step-x").mkdir()
+        (folder / "step-200").write_text("no folder")
+        (folder / "step-201").mkdir()
+
+    settings = {**ALWAYS, "epochs": 1, "logging_steps": 2}
+    undisturbed = train_here("embedder", **settings)
+    with caplog.at_level(logging.INFO):
+        resumed = interrupted("embedder", 8, between=spoil, **settings)
+
+    assert not harmed.exists()
+    assert "going on after step 6" in caplog.text
+    assert caplog.text.count("is not used: ") == len(forged) + 1
+    assert caplog.text.count("it cannot be loaded: ") == len(forged) - 1
+    assert "weights.pt is of another model" in caplog.text
+    assert same_weights(undisturbed, resumed)
+    left = {path.name.partition("-")[0] for path in (resumed.job.output / "checkpoints").iterdir()}
+    assert left == {"unused", "step"}, "what nobody here wrote is not deleted"
+
+
+def test_a_training_goes_on_when_its_checkpoints_are_deleted(
+    train_here: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save = Checkpoints.save
+
+    def deleted(self: Checkpoints) -> None:
+        if self.trainer.state.global_step == 3:
+            shutil.rmtree(self.folder)
+        save(self)
+
+    monkeypatch.setattr(Checkpoints, "save", deleted)
+    trained = train_here("embedder", max_steps=4, **{**ALWAYS, "logging_steps": 1})
+    assert trained.summary["steps"] == 4
+    assert "step 3 has no checkpoint, the training goes on" in caplog.text
+    assert "checkpoints was deleted" in caplog.text
+
+
+def test_a_training_deletes_of_its_output_only_what_it_wrote(
+    train_here: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Checkpoints._begin
+
+    def with_mine(self: Checkpoints) -> Path | None:
+        for folder in (self.folder, self.folder / "step-1", self.folder.parent / "work"):
+            folder.mkdir(exist_ok=True)
+            (folder / "mine.txt").write_text("mine")
+        return begin(self)
+
+    monkeypatch.setattr(Checkpoints, "_begin", with_mine)
+    output = train_here("embedder", max_steps=4, **{**ALWAYS, "logging_steps": 2}).job.output
+    left = {path.relative_to(output).as_posix() for path in output.rglob("mine.txt")}
+    assert left == {"checkpoints/mine.txt", "checkpoints/step-1/mine.txt", "work/mine.txt"}
+    assert {path.name for path in (output / "checkpoints").iterdir()} == {"mine.txt", "step-1"}
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_training(
