@@ -302,9 +302,7 @@ def test_a_second_column_that_is_missing_throughout_means_single_texts() -> None
 def test_unknown_splits_and_a_split_without_train_are_refused() -> None:
     with pytest.raises(CleaningError, match=r"'holdout' in 40 row\(s\), the first is a\.parquet row 0"):
         cleaned(pairs(split="holdout"))
-    with pytest.raises(
-        CleaningError, match=r"left in train .*0 as train, 0 as dev, 40 as test.*split column"
-    ):
+    with pytest.raises(CleaningError, match=r"left in train .*0 as train, 0 as dev, 40 as test.*split column"):
         cleaned(pairs(split="test"))
 
 
