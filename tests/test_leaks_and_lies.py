@@ -81,7 +81,7 @@ SPELLINGS: dict[str, tuple[str, str]] = {
     "grapheme joiner": ("Where is Zu\u034frich?", "where is Zurich"),
     "Hangul filler": ("Where\u3164 is\uffa0 Seoul?", "where is Seoul"),
     "tags": ("Which flag \U0001f3f4\U000e0067\U000e007f?", "which flag \U0001f3f4"),
-    "word joiner": ("Was re\u2060do fixed?", "was redo fixed"),
+    "word joiner": ("Was redo fixed?", "was re\u2060do fixed"),
 }
 
 
@@ -124,7 +124,9 @@ def test_of_a_question_in_two_spellings_only_trains_is_dropped(asked_in_test_and
 
 @pytest.mark.parametrize("case", SPELLINGS)
 def test_spellings_of_a_question_stand_in_one_split_and_stay_two_questions(asked_twice: Delivery, case: str) -> None:
-    asked, again = (re.sub("[\u200b\u00ad]", "", unicodedata.normalize("NFC", query)) for query in SPELLINGS[case])
+    asked, again = (
+        re.sub("[\u200b\u00ad\u2060]", "", unicodedata.normalize("NFC", query)) for query in SPELLINGS[case]
+    )
     splits = [asked_twice.split_of[re.sub(r"\s", " ", query)] for query in (asked, again)]
     assert splits[0] == splits[1]
 
