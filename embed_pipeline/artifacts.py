@@ -32,7 +32,8 @@ from typing import Any
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from embed_pipeline.errors import ArtifactError
+from embed_pipeline.errors import ArtifactError, ConfigurationError
+from embed_pipeline.masking import without_password
 
 ASSETS = (
     *("raw_pairs", "cleaned_pairs", "hard_negatives", "embedder", "merged_embedder", "reranker", "evaluation"),
@@ -41,6 +42,7 @@ ASSETS = (
 MANIFEST = "manifest.json"
 SMOKE_TEST_STORE = "smoke-test"  # no pipeline can be called so
 DIGITS = 16
+_YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 RUN_GOES_ON = timedelta(hours=1)  # between two stages; while one works, its staging folder tells
 RUN_IS_OVER = timedelta(days=7)
 LIBRARIES = (
@@ -63,25 +65,56 @@ LIBRARIES = (
 
 def home() -> Path:
     """Folder of everything this machine keeps: DAGSTER_HOME, or `dagster_home` where the command runs."""
-    return Path(os.environ.get("DAGSTER_HOME") or "dagster_home").absolute()
+    return folder_in("DAGSTER_HOME") or Path("dagster_home").absolute()
+
+
+def folder_in(variable: str) -> Path | None:
+    """The folder that an environment variable names, `~` expanded; None where it is unset or empty.
+
+    Raises ConfigurationError for an address, which would become a local folder of that name.
+    """
+    given = os.environ.get(variable, "").strip()
+    return local_folder(given, variable) if given else None
+
+
+def local_folder(given: str, variable: str) -> Path:
+    """`folder_in` for one of several folders in a variable."""
+    if "://" in given:
+        raise ConfigurationError(
+            f"{variable}: found {without_password(given)}, expected a local folder. Mount what lies elsewhere, and "
+            "name the folder where it is mounted"
+        )
+    try:
+        return Path(given).expanduser().absolute()
+    except RuntimeError:
+        raise ConfigurationError(f"{variable}: found {given}, and no such user has a home folder") from None
 
 
 def is_smoke_test() -> bool:
-    """Whether EMBED_PIPELINE_SMOKE_TEST asks every pipeline for a run in small."""
-    return os.environ.get("EMBED_PIPELINE_SMOKE_TEST", "0") not in ("", "0")
+    """Whether EMBED_PIPELINE_SMOKE_TEST asks every pipeline for a run in small.
+
+    Raises ConfigurationError where it says neither yes nor no.
+    """
+    given = os.environ.get("EMBED_PIPELINE_SMOKE_TEST", "")
+    said = given.strip().lower()
+    if said not in (*_YES, *_NO):
+        raise ConfigurationError(
+            f"EMBED_PIPELINE_SMOKE_TEST: found '{given}', expected one of {', '.join(_YES)} or {', '.join(_NO[1:])}"
+        )
+    return said in _YES
 
 
 def store_root() -> Path:
     """EMBED_PIPELINE_STORE, or `store` in the home folder; a smoke test has a store of its own inside of it."""
-    given = os.environ.get("EMBED_PIPELINE_STORE")
-    root = Path(given).absolute() if given else home() / "store"
+    root = folder_in("EMBED_PIPELINE_STORE") or home() / "store"
     return root / SMOKE_TEST_STORE if is_smoke_test() else root
 
 
 class Recipe(BaseModel):
     """Everything that decides an artifact's content."""
 
-    model_config = ConfigDict(frozen=True)
+    # As constants, which `digest` refuses: as null, infinity would be taken for a setting that is not there.
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     inputs: dict[str, str]  # name -> content of an artifact, or digest of a model or of files
     settings: dict[str, Any]
@@ -90,7 +123,7 @@ class Recipe(BaseModel):
 
     @property
     def digest(self) -> str:
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:DIGITS]
 
 

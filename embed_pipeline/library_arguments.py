@@ -1,4 +1,4 @@
-"""The libraries' own training arguments, which a YAML may give by their names: which there are, and which are ours.
+"""The libraries' own arguments, which a YAML may give by their names: which there are, their values, which are ours.
 
 Read off the installed packages' source, not imported: loading a pipeline's definitions must not take torch's seconds.
 """
@@ -9,9 +9,12 @@ import ast
 import difflib
 import functools
 import importlib.util
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+
+from pydantic import TypeAdapter, ValidationError
 
 from embed_pipeline.errors import ConfigurationError
 
@@ -147,13 +150,71 @@ _REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("label_names", "label_smoothing_factor", "token"), _SAFE),
 }
 
-_PLAIN = {"str": str, "int": int, "float": float, "bool": bool, "None": type(None)}
+# What a value may be besides what its type says: (lowest, highest), of each number in it.
+_ABOVE_ZERO = 1e-9
+_RANGES: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0.0, 1.0 - 1e-9)),
+    "adam_epsilon": (0.0, 1.0),
+    "dataloader_num_workers": (0, 1_024),
+    "dataloader_prefetch_factor": (1, 10_000),
+    "ddp_bucket_cap_mb": (1, 1_000_000),
+    "drop_threshold": (0, 1_000_000_000),
+    "learning_rate_mapping": (0.0, 100.0),
+    "max_example_num_per_dataset": (1, 1_000_000_000_000),
+    "mrl_dims": (1, 1_000_000),
+    "neftune_noise_alpha": (0.0, 1_000.0),
+    "pad_to_multiple_of": (1, 8_192),
+    "shuffle_ratio": (0.0, 1.0),
+    "small_threshold": (0, 1_000_000_000),
+    "torch_empty_cache_steps": (1, 1_000_000_000),
+    # of losses
+    **dict.fromkeys(("temperature", "student_temperature", "teacher_temperature"), (1e-4, 1_000.0)),
+    **dict.fromkeys(("kl_temperature", "sigma", "eps", "pos_weight", "scale"), (_ABOVE_ZERO, 1_000_000.0)),
+    **dict.fromkeys(("margin", "triplet_margin", "positive_margin", "negative_margin"), (0.0, 1_000.0)),
+    **dict.fromkeys(("last_layer_weight", "prior_layers_weight", "kl_div_weight"), (0.0, 1_000_000.0)),
+    **dict.fromkeys(("matryoshka_weights", "hardness_strength", "alpha"), (0.0, 1_000_000.0)),
+    **dict.fromkeys(("matryoshka_dims", "k", "num_negatives", "projection_dim"), (1, 1_000_000)),
+    "mini_batch_num_tokens": (1, 1_000_000_000),
+    **dict.fromkeys(("n_dims_per_step", "n_layers_per_step", "mini_batch_size"), (-1, 1_000_000)),
+}
+# An enumeration of a library, whose values are what may be given.
+_ENUMERATED = {
+    "optim": ("transformers/training_args.py", "OptimizerNames"),
+    "debug": ("transformers/debug_utils.py", "DebugOption"),
+    "torch_compile_backend": ("accelerate/utils/dataclasses.py", "DynamoBackend"),
+}
+_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
+    "include_num_input_tokens_seen": (True, False, "all", "non_padding", "no"),
+    "kd_loss_type": ("kl_div", "m3_kd_loss"),
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+}
+# Optimizers, by a part of their names, that are in a package of their own.
+_OPTIMIZER_PACKAGES = {
+    **dict.fromkeys(("bnb", "adamw_8bit", "ademamix", "lion_", "paged_"), "bitsandbytes"),
+    **dict.fromkeys(("torch_4bit", "torch_8bit"), "torchao"),
+    **{"galore": "galore_torch", "lomo": "lomo_optim", "grokadamw": "grokadamw", "schedule_free": "schedulefree"},
+    **{"apollo": "apollo_torch", "stable_adamw": "optimi", "anyprecision": "torchdistx"},
+    **{"_xla": "torch_xla", "_npu": "torch_npu"},
+}
+_SCHEDULERS = {
+    "linear": "get_linear_schedule_with_warmup",
+    "cosine": "get_cosine_schedule_with_warmup",
+    "cosine_with_restarts": "get_cosine_with_hard_restarts_schedule_with_warmup",
+    "cosine_with_min_lr": "get_cosine_with_min_lr_schedule_with_warmup",
+    "polynomial": "get_polynomial_decay_schedule_with_warmup",
+    "constant": "get_constant_schedule",
+    "constant_with_warmup": "get_constant_schedule_with_warmup",
+    "inverse_sqrt": "get_inverse_sqrt_schedule",
+    "warmup_stable_decay": "get_wsd_schedule",
+}
+_SCHEDULERS_OWN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}  # what the trainer gives
 
 
 def check_arguments(kind: ModelKind, settings: TrainingSettings) -> str | None:
     """Why `settings.arguments` cannot be given to the engine's library; None if they can.
 
-    A name that the installed version does not have, that another key decides, or a plain value of another type.
+    A name that the installed version does not have, that another key decides, or a value that it does not take.
     """
     known = _known(settings.engine, kind)
     for name, value in settings.arguments.items():
@@ -165,11 +226,84 @@ def check_arguments(kind: ModelKind, settings: TrainingSettings) -> str | None:
             return f"the installed {settings.engine} has no training argument '{name}' for {kind}s.{hint}"
         if name in _OUR_KEYS:
             return f"{name} is decided by `{_OUR_KEYS[name]}`; set that instead"
-        types = _plain_types(known[name])
-        # A whole number is a float as well, and true is no number.
-        fits = isinstance(value, types) or (float in types and isinstance(value, int))
-        if types and (not fits or (isinstance(value, bool) and bool not in types)):
-            return f"{name} is {known[name]} in the installed {settings.engine}; found {value!r}"
+        if problem := _value_problem(name, value, known[name], settings.engine):
+            return problem
+    return _do_not_go_together(settings)
+
+
+def check_loss_arguments(kind: ModelKind, loss: str, given: Mapping[str, Any]) -> str | None:
+    """Why the values of a loss's arguments, whose names are right, cannot be given to it; None if they can."""
+    types = _loss_arguments(kind).get(loss, {}) if given else {}
+    for name, value in given.items():
+        if name == "distance_metric" and types.get(name) is None:
+            distances = ("cosine", "euclidean") if loss.startswith("Batch") else ("cosine", "euclidean", "manhattan")
+            if value not in distances:
+                return f"{name} is one of {', '.join(distances)}; found {value!r}"
+        elif problem := _value_problem(name, value, types.get(name) or "Any", loss):
+            return problem
+    return None
+
+
+def _value_problem(name: str, value: Any, annotation: str, owner: str) -> str | None:
+    if not _fits(annotation, value):
+        return f"{name} is {annotation} in the installed {owner}; found {value!r}"
+    choices: Sequence[Any] = _CHOICES.get(name, ())
+    if name in _ENUMERATED:
+        choices = _enumerated(*_ENUMERATED[name])
+    if choices and value is not None:
+        for one in value if isinstance(value, list) else [value]:
+            told = one.split() if name == "debug" and isinstance(one, str) else [one]
+            if wrong := [part for part in told if part not in choices]:
+                near = difflib.get_close_matches(str(wrong[0]), [str(choice) for choice in choices], n=1)
+                hint = f" Did you mean '{near[0]}'?" if near else ""
+                return f"{name}: found {wrong[0]!r}.{hint} Expected one of {', '.join(str(one) for one in choices)}"
+    if name in _RANGES:
+        low, high = _RANGES[name]
+        if wrong := [number for number in _numbers_in(value) if not low <= number <= high]:
+            shown = "above 0" if low == _ABOVE_ZERO else f"{low:g} or more"
+            below = "below 1" if high == 1.0 - 1e-9 else f"at most {high:g}"
+            return f"{name}: found {wrong[0]}, expected {shown} and {below}"
+    return None
+
+
+def _do_not_go_together(settings: TrainingSettings) -> str | None:
+    """Why the arguments, each of which may be given, cannot be given beside one another or beside our keys."""
+    given = settings.arguments
+    workers = given.get("dataloader_num_workers", 0)
+    for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+        if given.get(name) and not workers:
+            return f"{name} needs dataloader_num_workers above 0"
+    optimizer = str(given.get("optim", ""))
+    for part, package in _OPTIMIZER_PACKAGES.items():
+        if part in optimizer and importlib.util.find_spec(package) is None:
+            return f"optim: {optimizer} is in the package {package}, which is not installed"
+    if given.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
+        return "use_liger_kernel: the package liger_kernel is not installed"
+    if (text := given.get("optim_args")) is not None:
+        for part in text.replace(" ", "").split(","):
+            if part.count("=") != 1 or not all(part.split("=")):
+                return "optim_args: expected name=value pairs with commas between them, such as 'momentum=0.9'"
+    return _scheduler_problem(settings)
+
+
+def _scheduler_problem(settings: TrainingSettings) -> str | None:
+    given = settings.arguments.get("lr_scheduler_kwargs")
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            return "lr_scheduler_kwargs: expected names and values, such as {num_cycles: 2}"
+    allowed = _scheduler_arguments(settings.scheduler)
+    for name, value in (given or {}).items():
+        if name not in allowed:
+            return (
+                f"lr_scheduler_kwargs: the scheduler {settings.scheduler} takes no {name}. "
+                f"Allowed: {', '.join(allowed) or 'none'}"
+            )
+        if not _fits(allowed[name] or "Any", value):
+            return f"lr_scheduler_kwargs: {name} is {allowed[name]} in transformers; found {value!r}"
     return None
 
 
@@ -208,12 +342,8 @@ def _fields(engine: str, kind: ModelKind, part: Part) -> dict[str, str]:
 
 @functools.cache
 def _annotated(file: str, name: str) -> dict[str, str]:
-    package = file.split("/", 1)[0]
-    spec = importlib.util.find_spec(package)  # finds the package without importing it
-    if spec is None or spec.origin is None:
-        raise ConfigurationError(f"{package} is not installed, so its training arguments are not known")
-    source = Path(spec.origin).parent.parent / file
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+    """Field -> annotation, of a dataclass in an installed package."""
+    for node in _parsed(file).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             fields = [
                 item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
@@ -221,19 +351,111 @@ def _annotated(file: str, name: str) -> dict[str, str]:
             return {
                 field.target.id: ast.unparse(field.annotation) for field in fields if isinstance(field.target, ast.Name)
             }
-    raise ConfigurationError(f"{source} has no class {name}: this version of {package} is not one we know")
+    raise _unknown_version(file, name)
 
 
-def _plain_types(annotation: str) -> tuple[type, ...]:
-    """The Python types that an annotation of plain ones allows; empty where it holds anything else."""
+@functools.cache
+def _enumerated(file: str, name: str) -> tuple[str, ...]:
+    """The values of an enumeration of texts in an installed package, as they are given."""
+    for node in _parsed(file).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            values = [item.value.value for item in node.body if isinstance(item, ast.Assign) and _is_text(item.value)]
+            return tuple(value.lower() for value in values if value != "NO")
+    raise _unknown_version(file, name)
+
+
+@functools.cache
+def _scheduler_arguments(scheduler: str) -> dict[str, str | None]:
+    """Argument -> annotation, of a scheduler's own arguments."""
+    file, name = "transformers/optimization.py", _SCHEDULERS[scheduler]
+    for node in _parsed(file).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return {name: told for name, told in _arguments_of(node).items() if name not in _SCHEDULERS_OWN}
+    raise _unknown_version(file, name)
+
+
+@functools.cache
+def _loss_arguments(kind: ModelKind) -> dict[str, dict[str, str | None]]:
+    """Loss -> argument -> annotation, of one kind of model."""
+    room = "sentence_transformer" if kind == "embedder" else "cross_encoder"
+    folder = _folder_of("sentence_transformers") / "sentence_transformers" / room / "losses"
+    found = {}
+    for file in sorted(folder.glob("*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            for item in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(node, ast.ClassDef) and isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                    found[node.name] = _arguments_of(item)
+    return found
+
+
+def _arguments_of(function: ast.FunctionDef) -> dict[str, str | None]:
+    """Argument -> annotation, or else the type of its default; None where neither tells."""
+    told, arguments = function.args, [*function.args.args, *function.args.kwonlyargs]
+    defaults = [*([None] * (len(told.args) - len(told.defaults))), *told.defaults, *told.kw_defaults]
+    return {
+        one.arg: ast.unparse(one.annotation) if one.annotation else _type_of(default)
+        for one, default in zip(arguments, defaults, strict=True)
+    }
+
+
+def _type_of(default: ast.expr | None) -> str | None:
+    if not isinstance(default, ast.Constant) or default.value is None:
+        return None
+    return "float" if type(default.value) is int else type(default.value).__name__
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+@functools.cache
+def _parsed(file: str) -> ast.Module:
+    return ast.parse((_folder_of(file.split("/", 1)[0]) / file).read_text(encoding="utf-8"))
+
+
+def _folder_of(package: str) -> Path:
+    spec = importlib.util.find_spec(package)  # finds the package without importing it
+    if spec is None or spec.origin is None:
+        raise ConfigurationError(f"{package} is not installed, so its training arguments are not known")
+    return Path(spec.origin).parent.parent
+
+
+def _unknown_version(file: str, name: str) -> ConfigurationError:
+    package = file.split("/", 1)[0]
+    return ConfigurationError(f"{file} has no {name}: this version of {package} is not one we know")
+
+
+_TYPES = {
+    **{"str": str, "int": int, "float": float, "bool": bool, "dict": dict, "list": list, "tuple": tuple},
+    **{"Optional": Optional, "Union": Union, "List": list, "Dict": dict, "Sequence": Sequence, "Literal": Literal},
+    **{"Any": Any, "Callable": Callable, "Tensor": float, "OptimizerNames": str, "DebugOption": str},
+}
+
+
+@functools.cache
+def _checked(annotation: str) -> TypeAdapter[Any]:
+    """A check of values by a library's annotation; of anything where it names what no YAML can hold."""
     try:
         tree = ast.parse(annotation.strip("'\""), mode="eval")
+        if {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} <= set(_TYPES):
+            return TypeAdapter(eval(compile(tree, annotation, "eval"), {"__builtins__": {}}, dict(_TYPES)))
     except SyntaxError:
-        return ()
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    constants = {str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    optional = {"Optional"} & names
-    plain = (names | constants) - {"Optional", "Union"}
-    if not plain <= set(_PLAIN):
-        return ()
-    return tuple({*(_PLAIN[name] for name in plain), *((type(None),) if optional else ())})
+        pass
+    return TypeAdapter(Any)
+
+
+def _fits(annotation: str, value: Any) -> bool:
+    try:
+        # As JSON, where a list may be a tuple and a whole number a float, but true is no number and "1" no 1.
+        _checked(annotation).validate_json(json.dumps(value), strict=True)
+    except (ValidationError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _numbers_in(value: Any) -> list[float]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for item in value for number in _numbers_in(item)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []

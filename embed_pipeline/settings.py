@@ -7,14 +7,28 @@ when definitions load, before any work. This module imports neither torch nor da
 from __future__ import annotations
 
 import difflib
+import ipaddress
+import math
+import os
+import re
+import urllib.parse
 import zoneinfo
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
-from embed_pipeline.library_arguments import check_arguments
+from embed_pipeline.library_arguments import ModelKind, check_arguments, check_loss_arguments
 from embed_pipeline.losses import (
     DEFAULT_LOSSES,
     EMBEDDER_LOSSES,
@@ -28,6 +42,7 @@ from embed_pipeline.losses import (
     SourceKind,
     losses_for,
 )
+from embed_pipeline.masking import secret_in
 
 Engine = Literal["sentence-transformers", "flag-embedding"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -43,6 +58,28 @@ Scheduler = Literal[
     "warmup_stable_decay",
 ]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PIPELINE_NAME = r"[a-z][a-z0-9_]*"
+# Part of names of folders, jobs and registered models, of which the longest parts that are added leave so much.
+LONGEST_NAME = 64
+Name = Annotated[str, Field(pattern=f"^{PIPELINE_NAME}$", max_length=LONGEST_NAME)]
+MOST_ROWS = 1_000_000_000
+MOST_TOKENS = 1_048_576  # of a text
+
+
+def _somewhere(given: Any) -> Any:
+    """A path that names something: an empty one would be the folder itself, and the root the whole disk."""
+    if not isinstance(given, str | os.PathLike):
+        return given
+    text = os.fspath(given)
+    if not text.strip():
+        raise ValueError("the path is empty. Expected one relative to the YAML file, or an absolute one")
+    if re.match(r"/[/.]*(?:$|\*\*)", text):
+        raise ValueError("the path is the root of the file system. Name the folder that the files lie in")
+    return given
+
+
+PathText = Annotated[str, BeforeValidator(_somewhere)]  # may hold wildcards
+Place = Annotated[Path, BeforeValidator(_somewhere)]
 Metric = Literal[
     "ndcg_at_10",
     "mrr_at_10",
@@ -59,9 +96,20 @@ Metric = Literal[
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, and an unknown key is answered with the allowed ones."""
+    """Base of all settings: frozen, finite, and an unknown key is answered with the allowed ones.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
+    Settings are published with what they made, so nothing that looks like a password or a token is one, and errors
+    show no input: it may be a secret under a wrong key.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        populate_by_name=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -78,7 +126,33 @@ class Settings(BaseModel):
                 near = difflib.get_close_matches(str(key), allowed, n=1)
                 hint = f" Did you mean '{near[0]}'?" if near else ""
                 raise ValueError(f"unknown key '{key}'.{hint} Allowed here: {', '.join(sorted(cls.model_fields))}")
+        told: dict[str, str] = {}
+        for key, value in given.items():
+            if (other := told.setdefault(allowed[key], key)) != key:
+                raise ValueError(f"`{other}` and `{key}` are two names of one key. Leave one out")
+            if problem := _unfit(value, key):
+                raise ValueError(problem)
         return given
+
+
+def _unfit(value: Any, where: str) -> str | None:
+    """Why a value that was given at `where`, or one inside of it, can stand in no settings."""
+    if isinstance(value, Mapping):
+        return next((told for key, item in value.items() if (told := _unfit(item, f"{where}.{key}"))), None)
+    if isinstance(value, list | tuple):
+        return next((told for i, item in enumerate(value) if (told := _unfit(item, f"{where}[{i}]"))), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{where}: found {value}, expected a finite number. For no limit leave the key out, or write null"
+    if not isinstance(value, str):
+        return None
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        return f"{where}: the text holds a zero character or half of a surrogate pair. Expected Unicode text"
+    if secret := secret_in(value):
+        return (
+            f"{where}: the text holds {secret}, and settings are published with every version. Leave it to the "
+            "environment of Dagster (such as HF_TOKEN, MLFLOW_TRACKING_URI or RAY_ADDRESS)"
+        )
+    return None
 
 
 # ----------------------------------------------------------------------------------------------- models
@@ -89,7 +163,7 @@ class ModelSource(Settings):
 
     hub: str | None = Field(None, description="Hub id, e.g. BAAI/bge-small-en-v1.5; needs `revision`")
     revision: str | None = Field(None, description="commit hash of the Hub repository (a branch name can move)")
-    path: Path | None = Field(None, description="local folder; relative to the YAML file")
+    path: Place | None = Field(None, description="local folder; relative to the YAML file")
     package: str | None = Field(None, description="import name of a package that carries the model")
     folder: str = Field("model", description="the model's folder inside `package`")
     sha256: str | None = Field(None, description="expected SHA-256 of the weights file; checked before use")
@@ -133,12 +207,14 @@ class EncodingSettings(Settings):
     query_max_length: int | None = Field(
         None,
         ge=4,
+        le=MOST_TOKENS,
         validation_alias=AliasChoices("query_max_length", "query_max_len"),
         description="tokens, special ones included; longer queries are cut",
     )
     passage_max_length: int | None = Field(
         None,
         ge=4,
+        le=MOST_TOKENS,
         validation_alias=AliasChoices("passage_max_length", "passage_max_len"),
         description="likewise; time and memory grow with it",
     )
@@ -196,7 +272,9 @@ class ColumnSettings(Settings):
     sentence1: str = Field("sentence1", description="scored, labelled, parallel: the first text")
     sentence2: str | None = Field(None, description="the second text; labelled texts may stand alone")
     score: str = Field("score", description="scored: how alike the two are")
-    label: str = Field("label", description="labelled: the class, text or whole numbers")
+    label: str = Field(
+        "label", description="labelled: the class: text, whole numbers or booleans; letter case makes none"
+    )
 
 
 # The keys of `columns` that mean something to each kind of source; another key would be ignored, so it is refused.
@@ -224,17 +302,23 @@ class SourceSettings(Settings):
         "query, pos, neg); else scored (two sentences and how alike they are), labelled (one or two sentences and a "
         "class) or parallel (a sentence and its translation)",
     )
-    path: str | None = Field(None, description="every kind but beir: a file, a folder or a glob; relative to the YAML")
-    corpus: str | None = Field(None, description="beir: corpus parquet (file, folder or glob)")
-    queries: str | None = Field(None, description="beir: queries parquet")
-    qrels: str | None = Field(None, description="beir: qrels parquet")
+    path: PathText | None = Field(
+        None, description="every kind but beir: a file, a folder or a glob, relative to the YAML; see data.md"
+    )
+    corpus: PathText | None = Field(None, description="beir: corpus parquet (file, folder or glob)")
+    queries: PathText | None = Field(None, description="beir: queries parquet")
+    qrels: PathText | None = Field(None, description="beir: qrels parquet")
     columns: ColumnSettings = ColumnSettings()
-    extra_corpus: str | None = Field(None, description="more passages that nobody asked about yet")
+    extra_corpus: PathText | None = Field(None, description="more passages that nobody asked about yet")
     extra_corpus_columns: ColumnSettings = ColumnSettings()
-    script: Path | None = Field(
+    script: Place | None = Field(
         None, description="Python script run before reading, as `python script OUTPUT_FOLDER`, to build the files"
     )
-    script_output: Path | None = Field(None, description="its files; replaced whole by what `script` writes each time")
+    script_output: Place | None = Field(
+        None,
+        description="its files; replaced whole by what `script` writes each time. A folder that holds anything else is "
+        "refused, and nothing is deleted",
+    )
     score_range: tuple[float, ...] | None = Field(
         None,
         min_length=2,
@@ -319,7 +403,7 @@ class SplitSettings(Settings):
 
     dev: Share = Field(0.1, description="of the groups: for early stopping and every choice that is made by looking")
     test: Share = Field(0.2, description="of the groups: for the gate alone")
-    overlap_tokens: int = Field(13, ge=4, description="length of the word runs looked for across splits")
+    overlap_tokens: int = Field(13, ge=4, le=1_000, description="length of the word runs looked for across splits")
     max_overlap: Share = Field(
         0.2, description="a train passage that holds more of a dev or test positive's word runs leaves train"
     )
@@ -335,14 +419,17 @@ class CleaningSettings(Settings):
     """What a row has to be to be kept, and how splits are cut."""
 
     query_min_characters: int = Field(
-        2, ge=1, description="shorter ones are rejected; one character can be a word in Chinese, but hardly a question"
+        2,
+        ge=1,
+        le=100_000_000,
+        description="shorter ones are rejected; one character can be a word in Chinese, but hardly a question",
     )
     query_max_characters: int = Field(
-        2_000, ge=1, description="longer ones are rejected: a document in the wrong column"
+        2_000, ge=1, le=100_000_000, description="longer ones are rejected: a document in the wrong column"
     )
-    passage_min_characters: int = Field(2, ge=1, description="shorter ones are rejected")
+    passage_min_characters: int = Field(2, ge=1, le=100_000_000, description="shorter ones are rejected")
     passage_max_characters: int = Field(
-        100_000, ge=1, description="longer ones are rejected: no model reads them to their end"
+        100_000, ge=1, le=100_000_000, description="longer ones are rejected: no model reads them to their end"
     )
     missing_texts: tuple[str, ...] = Field(
         ("nan", "NaN", "NaT", "None", "NULL", "null", "N/A", "n/a", "NA", "<NA>", "#N/A"),
@@ -358,6 +445,17 @@ class CleaningSettings(Settings):
     near_duplicates: NearDuplicateSettings = NearDuplicateSettings()
     split: SplitSettings = SplitSettings()
 
+    @model_validator(mode="after")
+    def _least_below_most(self) -> CleaningSettings:
+        for what in ("query", "passage"):
+            least, most = getattr(self, f"{what}_min_characters"), getattr(self, f"{what}_max_characters")
+            if least > most:
+                raise ValueError(
+                    f"{what}_min_characters ({least}) must not be above {what}_max_characters ({most}): every {what} "
+                    "would be rejected"
+                )
+        return self
+
 
 # ----------------------------------------------------------------------------------------------- mining
 
@@ -371,21 +469,23 @@ class CrossEncoderSettings(Settings):
         description="a negative is refused when its score, mapped to 0..1, exceeds this share of the best-scored "
         "positive's; null: it refuses none and only teaches",
     )
-    max_length: int = Field(512, ge=8, description="tokens of query and passage together")
+    max_length: int = Field(512, ge=8, le=MOST_TOKENS, description="tokens of query and passage together")
 
 
 class MiningSettings(Settings):
     """Positive-aware hard negatives (NV-Retriever, arXiv 2407.15831)."""
 
-    top_k: int = Field(100, ge=1, description="passages retrieved per query; the depth of the search")
-    range_min: int = Field(0, ge=0, description="skip this many of the best-ranked candidates")
+    top_k: int = Field(100, ge=1, le=100_000, description="passages retrieved per query; the depth of the search")
+    range_min: int = Field(0, ge=0, le=100_000, description="skip this many of the best-ranked candidates")
     num_negatives: int = Field(
-        8, ge=1, description="kept for each query; embedder.train_group_size - 1 of them are in a batch"
+        8, ge=1, le=10_000, description="kept for each query; embedder.train_group_size - 1 of them are in a batch"
     )
     max_score_ratio: Share | None = Field(
         0.95, description="a negative may score at most this share of the query's lowest-scoring positive"
     )
-    absolute_margin: float | None = Field(None, ge=0.0, description="a negative scores at least this much below")
+    absolute_margin: float | None = Field(
+        None, ge=0.0, le=2.0, description="a negative scores at least this much below"
+    )
     sampling: Literal["top", "random"] = Field("top", description="the hardest that pass, or a seeded sample of them")
     fill_with_random: bool = Field(True, description="too few: add random passages, marked as such")
     cross_encoder: CrossEncoderSettings | None = None
@@ -431,14 +531,14 @@ class LossSettings(Settings):
         loss = EMBEDDER_LOSSES[name]
         if cached and loss.cached is not None:
             name, loss = loss.cached, EMBEDDER_LOSSES[loss.cached]
-        if problem := _no_such_arguments(name, self.loss_arguments, loss.arguments, "loss_arguments"):
+        if problem := _wrong_arguments("embedder", name, self.loss_arguments, loss.arguments, "loss_arguments"):
             return problem
         if self.loss_wrapper is None:
             if self.loss_wrapper_arguments:
                 return "`loss_wrapper_arguments` are given, but no `loss_wrapper`"
         else:
             given, allowed = self.loss_wrapper_arguments, WRAPPERS[self.loss_wrapper]
-            if problem := _no_such_arguments(self.loss_wrapper, given, allowed, "loss_wrapper_arguments"):
+            if problem := _wrong_arguments("embedder", self.loss_wrapper, given, allowed, "loss_wrapper_arguments"):
                 return problem
             if "matryoshka_dims" in allowed and not given.get("matryoshka_dims"):
                 return f"{self.loss_wrapper} needs loss_wrapper_arguments.matryoshka_dims, e.g. [384, 192, 96]"
@@ -462,18 +562,20 @@ def _no_such_loss(name: str, kind: SourceKind, losses: Mapping[str, Loss]) -> st
     return None if kind in losses[name].rows else f"{name} does not fit the columns of kind '{kind}'. {fitting}"
 
 
-def _no_such_arguments(name: str, given: Mapping[str, Any], allowed: Sequence[str], key: str) -> str | None:
-    unknown = sorted(set(given) - set(allowed))
-    if not unknown:
-        return None
-    return f"{key}: {name} takes no {', '.join(unknown)}. Allowed: {', '.join(allowed) or 'none'}"
+def _wrong_arguments(
+    kind: ModelKind, name: str, given: Mapping[str, Any], allowed: Sequence[str], key: str
+) -> str | None:
+    if unknown := sorted(set(given) - set(allowed)):
+        return f"{key}: {name} takes no {', '.join(unknown)}. Allowed: {', '.join(allowed) or 'none'}"
+    problem = check_loss_arguments(kind, name, given)
+    return f"{key}: {problem}" if problem else None
 
 
 class LoraSettings(Settings):
     """Low-rank adapters (arXiv 2106.09685) by PEFT's names; merged into the weights when the training ends."""
 
-    r: int = Field(16, ge=1, description="rank of the adapters")
-    lora_alpha: int = Field(32, ge=1, description="their scale is lora_alpha / r")
+    r: int = Field(16, ge=1, le=65_536, description="rank of the adapters")
+    lora_alpha: int = Field(32, ge=1, le=1_000_000, description="their scale is lora_alpha / r")
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="on their input, while training")
     target_modules: str | tuple[str, ...] | None = Field(
         None, description="unset: what PEFT knows of the architecture; all-linear: every linear layer"
@@ -486,30 +588,40 @@ class FreezeSettings(Settings):
     """What of the base model stays as it is."""
 
     embeddings: bool = Field(False, description="of words, positions and types")
-    layers: int = Field(0, ge=0, description="so many of the transformer's layers, from the first")
+    layers: int = Field(0, ge=0, le=10_000, description="so many of the transformer's layers, from the first")
 
 
 class TrainingSettings(Settings):
     """What both model kinds and both engines share. Names are those of the two libraries."""
 
     engine: Engine = Field("sentence-transformers", description="the library that trains")
-    epochs: float = Field(1.0, gt=0, description="times that every row is seen; small sets bear up to 3")
-    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps (smoke tests)")
-    train_queries: int | None = Field(None, ge=1, description="train on a seeded sample of this many queries")
+    epochs: float = Field(1.0, ge=0.001, le=10_000, description="times that every row is seen; small sets bear up to 3")
+    max_steps: int | None = Field(
+        None, ge=1, le=MOST_ROWS, description="stop after this many optimizer steps (smoke tests)"
+    )
+    train_queries: int | None = Field(
+        None, ge=1, le=MOST_ROWS, description="train on a seeded sample of this many queries"
+    )
     train_group_size: int = Field(
-        5, ge=1, description="passages per query in a batch: one positive and train_group_size - 1 hard negatives"
+        5,
+        ge=1,
+        le=1_000,
+        description="passages per query in a batch: one positive and train_group_size - 1 hard negatives",
     )
-    batch_size: int = Field(64, ge=1, description="queries per process and step")
+    batch_size: int = Field(64, ge=1, le=1_000_000, description="queries per process and step")
     gradient_accumulation_steps: int = Field(
-        1, ge=1, description="batches whose gradients make one step; in-batch negatives stay those of one batch"
+        1,
+        ge=1,
+        le=1_000_000,
+        description="batches whose gradients make one step; in-batch negatives stay those of one batch",
     )
-    learning_rate: float = Field(2e-5, gt=0, description="its highest value; small models take 1e-4")
-    weight_decay: float = Field(0.01, ge=0, description="of AdamW; biases and norms are left out")
+    learning_rate: float = Field(2e-5, ge=1e-30, le=100, description="its highest value; small models take 1e-4")
+    weight_decay: float = Field(0.01, ge=0, le=10, description="of AdamW; biases and norms are left out")
     warmup_ratio: float = Field(0.1, ge=0.0, lt=1.0, description="share of the steps in which the rate rises")
     scheduler: Scheduler = Field(
         "linear", description="how the rate falls after the warm-up; lr_scheduler_kwargs go under arguments"
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are cut to this length")
+    max_grad_norm: float = Field(1.0, ge=1e-6, le=1e9, description="longer gradients are cut to this length")
     precision: Precision = Field(
         "auto",
         description="auto: bfloat16 where the hardware has it, float16 with loss scaling on other NVIDIA GPUs, else "
@@ -519,22 +631,26 @@ class TrainingSettings(Settings):
         None, ge=0.0, lt=1.0, description="while training; unset: the base model's own. 0 saves a third of a CPU's step"
     )
     gradient_checkpointing: bool = Field(False, description="half the memory of activations for a third more time")
-    logging_steps: int = Field(10, ge=1, description="steps between two figures of the loss")
-    evaluations: int = Field(4, ge=1, description="dev-set evaluations, evenly spaced over the training")
-    early_stopping_patience: int = Field(3, ge=1, description="evaluations without a better dev nDCG@10")
-    dev_queries: int = Field(500, ge=1, description="at most this many dev queries are used during training")
+    logging_steps: int = Field(10, ge=1, le=MOST_ROWS, description="steps between two figures of the loss")
+    evaluations: int = Field(4, ge=1, le=1_000, description="dev-set evaluations, evenly spaced over the training")
+    early_stopping_patience: int = Field(3, ge=1, le=1_000, description="evaluations without a better dev nDCG@10")
+    dev_queries: int = Field(
+        500, ge=1, le=MOST_ROWS, description="at most this many dev queries are used during training"
+    )
     checkpoint_minutes: float | None = Field(
         15.0,
         ge=0,
+        le=100_000,
         description="a training that was killed loses so much at most, and goes on to the same weights; "
         "0: a checkpoint at each logged step, null: none",
     )
-    nproc_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    nproc_per_node: Literal["auto"] | Annotated[int, Field(ge=1, le=1_024)] = Field(
         "auto", description="auto: one process on a CPU, one per visible GPU otherwise"
     )
     collective_timeout_minutes: float = Field(
         30.0,
-        gt=0,
+        ge=0.001,
+        le=100_000,
         description="processes that wait so long for one of their number give up: it hangs. Longer than any dev "
         "evaluation, for which the others wait",
     )
@@ -591,7 +707,9 @@ class EmbedderSettings(TrainingSettings, LossSettings):
 
     base_model: ModelSource
     encoding: EncodingSettings = EncodingSettings()
-    temperature: float = Field(0.02, gt=0, description="divides the cosine similarities in the contrastive loss")
+    temperature: float = Field(
+        0.02, ge=1e-4, le=1_000, description="divides the cosine similarities in the contrastive loss"
+    )
     negatives_cross_device: bool = Field(
         True,
         description="use the other processes' passages as negatives too: several processes take the step that one with "
@@ -600,10 +718,11 @@ class EmbedderSettings(TrainingSettings, LossSettings):
     sub_batch_size: int | None = Field(
         None,
         ge=1,
+        le=1_000_000,
         description="gradient caching: encode a batch in parts of this size, and keep the activations of one part. "
         "Engine flag-embedding encodes in such parts, each padded by itself, but keeps all",
     )
-    dev_passages: int = Field(2_000, ge=1, description="corpus of the dev evaluation during training")
+    dev_passages: int = Field(2_000, ge=1, le=MOST_ROWS, description="corpus of the dev evaluation during training")
 
 
 class RerankerSettings(TrainingSettings):
@@ -615,38 +734,46 @@ class RerankerSettings(TrainingSettings):
     query_max_length: int = Field(
         128,
         ge=4,
+        le=MOST_TOKENS,
         validation_alias=AliasChoices("query_max_length", "query_max_len"),
         description="a pair may have query_max_length + passage_max_length tokens",
     )
     passage_max_length: int = Field(
         384,
         ge=4,
+        le=MOST_TOKENS,
         validation_alias=AliasChoices("passage_max_length", "passage_max_len"),
         description="what the query leaves of them, the passage may have as well",
     )
     train_group_size: int = Field(
-        5, ge=2, description="passages per query in a batch: one positive and train_group_size - 1 negatives"
+        5, ge=2, le=1_000, description="passages per query in a batch: one positive and train_group_size - 1 negatives"
     )
     random_negatives: int = Field(
         0,
         ge=0,
+        le=1_000,
         description="of the train_group_size - 1 negatives, so many are random passages instead of mined ones. A fresh "
         "head must see easy negatives to learn what relevance is, before hard ones can teach it anything: give it half "
         "of the group. A base model that is a cross-encoder already needs none",
     )
-    batch_size: int = Field(16, ge=1, description="queries (each with its group) per process and step")
+    batch_size: int = Field(16, ge=1, le=1_000_000, description="queries (each with its group) per process and step")
     learning_rate: float = Field(
-        2e-5, gt=0, description="its highest value; a small model with a fresh head takes 3e-4"
+        2e-5, ge=1e-30, le=100, description="its highest value; a small model with a fresh head takes 3e-4"
     )
     loss: str = Field("BinaryCrossEntropyLoss", description="a cross-encoder loss of sentence-transformers")
     loss_arguments: dict[str, Any] = Field(default_factory=dict, description="of the loss, by its own names")
-    num_negatives: int = Field(8, ge=1, description="mined with the fine-tuned embedder for each train query")
+    num_negatives: int = Field(
+        8, ge=1, le=10_000, description="mined with the fine-tuned embedder for each train query"
+    )
     embedder_weight: Literal["auto"] | Share = Field(
         "auto",
         description="share of the embedder's score in the final ranking; auto: chosen on dev, 0 = reranker alone",
     )
     dev_queries: int = Field(
-        200, ge=1, description="of each, evaluation.rerank_top_k candidates are reranked at every evaluation"
+        200,
+        ge=1,
+        le=MOST_ROWS,
+        description="of each, evaluation.rerank_top_k candidates are reranked at every evaluation",
     )
 
     @model_validator(mode="after")
@@ -676,10 +803,10 @@ class ExtraSourceSettings(SourceSettings, LossSettings):
     questions and answers hold is dropped from its train rows.
     """
 
-    name: str = Field(
-        pattern=r"^[a-z][a-z0-9_]*$", description="of its tables, its figures and its row in the model card"
+    name: Name = Field(description="of its tables, its figures and its row in the model card")
+    train_rows: int | None = Field(
+        None, ge=1, le=MOST_ROWS, description="learn from a seeded sample of so many rows (queries)"
     )
-    train_rows: int | None = Field(None, ge=1, description="learn from a seeded sample of so many rows (queries)")
     reranker_loss: str | None = Field(None, description="a cross-encoder loss; unset: the reranker does not learn it")
     reranker_loss_arguments: dict[str, Any] = Field(default_factory=dict, description="of that loss, by its own names")
 
@@ -708,7 +835,7 @@ class ExtraSourceSettings(SourceSettings, LossSettings):
 def _reranker_loss_problem(name: str, arguments: Mapping[str, Any], kind: SourceKind) -> str | None:
     if problem := _no_such_loss(name, kind, RERANKER_LOSSES):
         return problem
-    return _no_such_arguments(name, arguments, RERANKER_LOSSES[name].arguments, "loss_arguments")
+    return _wrong_arguments("reranker", name, arguments, RERANKER_LOSSES[name].arguments, "loss_arguments")
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -720,25 +847,31 @@ class EvaluationSettings(Settings):
     rerank_top_k: int = Field(
         100,
         ge=1,
+        le=100_000,
         description="passages of the embedder's ranking that a reranker reorders, on dev while it is trained as well: "
         "the embedder's share in the final score is chosen for as many as it will be used on",
     )
     rerank_queries: int | None = Field(
-        None, ge=1, description="rerank a seeded sample of the test queries; all if unset"
+        None, ge=1, le=MOST_ROWS, description="rerank a seeded sample of the test queries; all if unset"
     )
-    bootstrap_samples: int = Field(10_000, ge=100, description="of the questions, for the intervals")
-    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(
+    bootstrap_samples: int = Field(10_000, ge=100, le=1_000_000, description="of the questions, for the intervals")
+    confidence: Annotated[float, Field(gt=0.5, le=0.9999)] = Field(
         0.95, description="of the intervals, and of the permutation test"
     )
-    examples: int = Field(15, ge=0, description="queries shown in the report that got better, and that got worse")
+    examples: int = Field(
+        15, ge=0, le=10_000, description="queries shown in the report that got better, and that got worse"
+    )
     source_queries: int = Field(
         1_000,
         ge=1,
+        le=MOST_ROWS,
         description="each source is also measured by sentence-transformers' evaluators, on a seeded sample of at most "
         "so many test questions or examples",
     )
-    source_passages: int = Field(10_000, ge=10, description="of an extra source's corpus, in those evaluators")
-    nano_beir: Path | None = Field(
+    source_passages: int = Field(
+        10_000, ge=10, le=MOST_ROWS, description="of an extra source's corpus, in those evaluators"
+    )
+    nano_beir: Place | None = Field(
         None, description="a folder with a local copy of NanoBEIR, one folder a set; relative to the YAML file"
     )
 
@@ -750,30 +883,38 @@ class GateSettings(Settings):
         "ndcg_at_10", description="the primary metric: the one that has to get better; always spearman for scored pairs"
     )
     min_gain: float = Field(
-        0.0, ge=0.0, description="smallest gain worth a promotion; whatever it is, chance must be excluded as well"
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="smallest gain worth a promotion; whatever it is, chance must be excluded as well",
     )
     max_loss: dict[Metric, Share] = Field(
         {"recall_at_100": 0.01},
         description="guard metrics on the same questions: the candidate may lose at most so much of each",
     )
-    min_queries: int = Field(100, ge=1, description="with fewer test questions the answer is: too few to tell")
+    min_queries: int = Field(
+        100, ge=1, le=MOST_ROWS, description="with fewer test questions the answer is: too few to tell"
+    )
 
 
 class GuardSettings(Settings):
     """Another set, of a task that the fine-tuned embedder must not unlearn."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="of its figures")
+    name: Name = Field(description="of its figures")
     kind: Literal["beir", "scored"] = Field(
         description="beir: a folder of corpus, queries and qrels, parquet or BEIR's own jsonl and tsv, measured by "
         "nDCG@10; scored: a parquet of sentence1, sentence2, score, measured by Spearman's rank correlation"
     )
-    path: str = Field(description="the folder (beir) or file (scored); relative to the YAML file")
+    path: PathText = Field(description="the folder (beir) or file (scored); relative to the YAML file")
     split: str | None = Field("test", description="which split of it; null: all rows. Ignored where it has none")
     max_loss: Share = Field(0.02, description="the candidate may lose at most so much against the base embedder")
-    max_queries: int | None = Field(None, ge=4, description="measure on a seeded sample of this many queries or pairs")
+    max_queries: int | None = Field(
+        None, ge=4, le=MOST_ROWS, description="measure on a seeded sample of this many queries or pairs"
+    )
     max_passages: int | None = Field(
         None,
         ge=10,
+        le=MOST_ROWS,
         description="beir: search among a seeded sample of this many passages, all relevant ones among them. Faster, "
         "easier (so not comparable with published figures), and still the same for base and candidate",
     )
@@ -798,6 +939,7 @@ class ForgettingSettings(Settings):
     coefficients: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = Field(
         (0.2, 0.4, 0.6, 0.8),
         min_length=1,
+        max_length=99,
         description="shares of the fine-tuned weights that are tried; 0, the base, and 1 are measured in any case",
     )
 
@@ -814,7 +956,10 @@ class AutomationSettings(Settings):
 
     watch: bool = Field(False, description="read and clean every new state of the raw files, once it has settled")
     watch_interval_seconds: int = Field(
-        60, ge=1, description="time between two looks at the raw files; the daemon looks every 5 seconds at most"
+        60,
+        ge=1,
+        le=604_800,
+        description="time between two looks at the raw files; the daemon looks every 5 seconds at most",
     )
     retrain: str | None = Field(
         None,
@@ -823,8 +968,8 @@ class AutomationSettings(Settings):
         "never by itself",
     )
     timezone: str = Field("UTC", description="of the cron line, e.g. Europe/Berlin")
-    retries: int = Field(1, ge=0, description="times a step is tried again when it failed for a passing reason")
-    max_run_hours: float = Field(24.0, gt=0, description="a run that takes longer is ended")
+    retries: int = Field(1, ge=0, le=100, description="times a step is tried again when it failed for a passing reason")
+    max_run_hours: float = Field(24.0, ge=0.001, le=8_760, description="a run that takes longer is ended")
 
     @field_validator("timezone")
     @classmethod
@@ -857,7 +1002,9 @@ class CardSettings(Settings):
     language: tuple[str, ...] = Field((), description="e.g. [en, zh]")
     datasets: tuple[str, ...] = Field((), description="data sets on the Hub that the sources came from, by their ids")
     intended_use: str | None = Field(None, description="what the models are for, and what they are not for")
-    widget_examples: int = Field(3, ge=0, description="test questions with passages that show the model in the card")
+    widget_examples: int = Field(
+        3, ge=0, le=1_000, description="test questions with passages that show the model in the card"
+    )
 
 
 class ExportSettings(Settings):
@@ -867,11 +1014,13 @@ class ExportSettings(Settings):
         (), description="the model's graph for other runtimes; int8: with quantised weights"
     )
     embeddings: tuple[Literal["int8", "binary"], ...] = Field((), description="embeddings of 1 byte or 1 bit a number")
-    dimensions: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+    dimensions: tuple[Annotated[int, Field(ge=2, le=1_000_000)], ...] = Field(
         (), description="embeddings cut to so many numbers; a model trained with MatryoshkaLoss bears it"
     )
     max_loss: Share = Field(0.01, description="a form that loses more nDCG@10 is measured, told, and not published")
-    queries: int | None = Field(None, ge=1, description="measure on a seeded sample of the test questions")
+    queries: int | None = Field(
+        None, ge=1, le=MOST_ROWS, description="measure on a seeded sample of the test questions"
+    )
 
     @property
     def wanted(self) -> bool:
@@ -890,10 +1039,32 @@ class HubSettings(Settings):
         for key in ("embedder", "reranker"):
             repository = getattr(self, key)
             if repository is not None and repository.count("/") != 1:
-                raise ValueError(f"hub.{key}: expected owner/name; found {repository!r}")
+                raise ValueError(f"{key}: expected owner/name")
         if self.embedder is None and self.reranker is None:
             raise ValueError("hub: name a repository under `embedder`, `reranker` or both")
         return self
+
+
+def _check_network(network: str) -> str:
+    """Raises ValueError unless `network` is one (10.0.0.0/24), or can be the name of an interface."""
+    if "/" in network:
+        found = ipaddress.ip_network(network, strict=False)
+        if found.prefixlen == 0:
+            raise ValueError(f"{network} is every network. Name the one that the nodes share, e.g. 10.0.0.0/24")
+        return network
+    try:
+        address = ipaddress.ip_address(network)
+    except ValueError:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", network):
+            raise ValueError(
+                f"{network!r} is neither a network (10.0.0.0/24) nor the name of an interface (eth0)"
+            ) from None
+        return network
+    raise ValueError(f"{network} is an address. Name the network that the nodes share, e.g. {address}/24")
+
+
+# What `launch.network` may be.
+Network = Annotated[str, AfterValidator(_check_network)]
 
 
 class LaunchSettings(Settings):
@@ -904,26 +1075,40 @@ class LaunchSettings(Settings):
         description="local: on this machine; nodes: here and on the machines that run `embed-pipeline join`; slurm: in "
         "an allocation of a Slurm cluster; ray: on one node of a Ray cluster",
     )
-    nnodes: int = Field(1, ge=1, description="nodes, slurm: machines that take part, this one included for nodes")
-    rdzv_endpoint: str | None = Field(
-        None, description="nodes: host:port of this machine, as the others reach it; torchrun meets there"
+    nnodes: int = Field(
+        1, ge=1, le=10_000, description="nodes, slurm: machines that take part, this one included for nodes"
     )
-    wait_minutes: float = Field(15.0, gt=0, description="nodes: a job fails when the others have not joined by then")
+    network: Network | None = Field(
+        None,
+        description="nodes, slurm: the network between the machines, as addresses (10.0.0.0/24) or the name that an "
+        "interface has on each (eth0); gloo and NCCL use no other. Needed where there are several nodes",
+    )
+    wait_minutes: float = Field(
+        15.0, ge=0.001, le=100_000, description="nodes: a job fails when the others have not joined by then"
+    )
     max_restarts: int = Field(
         0,
         ge=0,
+        le=100,
         description="times that torchrun starts all processes again, from the last checkpoint, whatever ended them. 0 "
         "leaves it to automation.retries, which knows a passing cause from a lasting one",
     )
     gpus_per_node: int | None = Field(
-        None, ge=1, description="slurm, ray: asked for; nproc_per_node: auto is one process for each of them"
+        None, ge=1, le=1_024, description="slurm, ray: asked for; nproc_per_node: auto is one process for each of them"
     )
-    address: str | None = Field(None, description="ray: of its dashboard, e.g. http://head:8265")
+    address: str | None = Field(
+        None, description="ray: of its dashboard, e.g. http://head:8265; unset: RAY_ADDRESS, which may hold a password"
+    )
     sbatch: dict[str, str | int] = Field(
         default_factory=dict,
         description='slurm: options of sbatch by their long names, e.g. {partition: gpu, time: "12:00:00", mem: 64G}',
     )
     setup: str = Field("", description="slurm: shell lines before the job, e.g. module load cuda")
+    environment: tuple[str, ...] = Field(
+        (),
+        description="names of variables that jobs are given besides those listed in docs/jobs.md, e.g. one that a "
+        "model's own code reads; their values are no part of a version",
+    )
 
     @property
     def elsewhere(self) -> bool:
@@ -934,7 +1119,7 @@ class LaunchSettings(Settings):
     def _keys_of_this_kind(self) -> LaunchSettings:
         belong = {
             "nnodes": ("nodes", "slurm"),
-            "rdzv_endpoint": ("nodes",),
+            "network": ("nodes", "slurm"),
             "wait_minutes": ("nodes",),
             "gpus_per_node": ("slurm", "ray"),
             "address": ("ray",),
@@ -945,17 +1130,26 @@ class LaunchSettings(Settings):
             default = type(self).model_fields[key].get_default(call_default_factory=True)
             if self.kind not in kinds and getattr(self, key) != default:
                 raise ValueError(f"`{key}` belongs to launch.kind {' or '.join(kinds)}, not to {self.kind}")
-        if self.kind == "nodes":
-            if self.nnodes < 2:
-                raise ValueError("launch.kind nodes needs `nnodes`: how many machines take part, 2 or more")
-            host, _, port = (self.rdzv_endpoint or "").rpartition(":")
-            if not host or not port.isdecimal():
+        if self.kind == "nodes" and self.nnodes < 2:
+            raise ValueError("launch.kind nodes needs `nnodes`: how many machines take part, 2 or more")
+        if self.nnodes > 1 and self.network is None:
+            raise ValueError(
+                f"launch.kind {self.kind} with {self.nnodes} nodes needs `network`: the network that they share, e.g. "
+                "10.0.0.0/24, or the name of their interface to it, e.g. eth0. What they exchange is neither "
+                "encrypted nor authenticated, so it should be a network of their own"
+            )
+        if self.address is not None and not _is_dashboard(self.address):
+            raise ValueError(
+                "launch.address: expected the address of the cluster's dashboard, such as http://head:8265, without "
+                "user or password: it is published. Where it needs them, leave it out and set RAY_ADDRESS"
+            )
+        for key, value in self.sbatch.items():
+            if re.fullmatch(r"-{0,2}[A-Za-z][A-Za-z0-9-]*", key) is None:
+                raise ValueError("launch.sbatch: expected long names of sbatch's options as keys, such as partition")
+            if any(not character.isprintable() for character in str(value)):
                 raise ValueError(
-                    f"launch.kind nodes needs `rdzv_endpoint`, host:port of this machine, e.g. 10.0.0.1:29400; found "
-                    f"{self.rdzv_endpoint!r}"
+                    f"launch.sbatch.{key}: expected one line of text; found a line break or control character"
                 )
-        if self.kind == "ray" and self.address is None:
-            raise ValueError("launch.kind ray needs `address`, of the cluster's dashboard, e.g. http://head:8265")
         if own := sorted(SBATCH_OWN & {key.lstrip("-") for key in self.sbatch}):
             raise ValueError(f"launch.sbatch: {', '.join(own)} are set by the pipeline itself. Leave them out")
         return self
@@ -979,14 +1173,20 @@ class TrackingSettings(Settings):
 class PipelineSettings(Settings):
     """One domain's pipeline: the attributes of `type: embed_pipeline.RetrievalPipeline`."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="prefix of the asset keys and folder in the store")
+    name: Name = Field(description="prefix of the asset keys and folder in the store")
     description: str = Field("", description="shown in the Dagster UI")
     seed: int = Field(42, ge=0, lt=2**31, description="of splits, samples, fresh weights and the order of rows")
     encode_precision: Precision = Field("auto", description="arithmetic when encoding for mining and evaluation")
-    encode_processes: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    encode_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=1_024)] = Field(
         "auto",
         description="that encode, score and search for mining and evaluation; auto: one on a CPU, one per visible GPU "
         "otherwise. Started where they save more than their start costs; results are the same",
+    )
+    retrain_after_library_upgrade: bool = Field(
+        False,
+        description="another version of torch, transformers, sentence-transformers or FlagEmbedding makes the models "
+        "and what they compute anew (as does switching this on); off: it is told, by the assets and by "
+        "`embed-pipeline check`",
     )
     source: SourceSettings
     extra_sources: tuple[ExtraSourceSettings, ...] = ()
@@ -1206,6 +1406,16 @@ def _capped(settings: Settings, most: dict[str, int]) -> dict[str, Any]:
     """The settings with each number lowered to what it may be at most; unset means without a limit."""
     given = settings.model_dump()
     return {**given, **{key: cap if given[key] is None else min(given[key], cap) for key, cap in most.items()}}
+
+
+def _is_dashboard(address: str) -> bool:
+    try:
+        found = urllib.parse.urlsplit(address)
+        return (
+            found.scheme in ("http", "https") and bool(found.hostname) and "@" not in found.netloc and found.port != 0
+        )
+    except ValueError:  # no such port
+        return False
 
 
 def _kind_of(source: Any) -> Any:

@@ -47,6 +47,7 @@ from embed_pipeline.tables import (
     SPLITS,
     WITHHELD,
     WITHHELD_FILE,
+    connect,
     write_stream,
 )
 
@@ -118,7 +119,7 @@ def clean(
     kept apart.
     """
     with tempfile.TemporaryDirectory(dir=out, prefix=".cleaning-") as work:
-        connection = duckdb.connect(
+        connection = connect(
             str(Path(work) / "work.duckdb"), config={"memory_limit": MEMORY_LIMIT, "temp_directory": work}
         )
         with connection:

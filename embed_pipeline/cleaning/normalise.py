@@ -59,6 +59,9 @@ _MACROS = (
         [pair_key(letters(a), letters(b)), pair_key(sorted_words(a), sorted_words(b))])""",
     rf"words(t) AS regexp_extract_all(casefolded(t), '{_WORD}')",
     "passage_text(title, t) AS CASE WHEN title IS NULL THEN t ELSE title || ' ' || t END",
+    # Of a class: letter case and width aside, and with one name for what is written true, yes or 1.
+    """class_key(t) AS CASE casefolded(t) WHEN 'true' THEN '1' WHEN 'yes' THEN '1' WHEN 'false' THEN '0'
+        WHEN 'no' THEN '0' ELSE casefolded(t) END""",
     "short_hash(t) AS sha256(t)[:16]",
 )
 

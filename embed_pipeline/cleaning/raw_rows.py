@@ -55,7 +55,7 @@ def view_raw_rows(
                 SELECT file_row_number AS row, * EXCLUDE (file_row_number) REPLACE (
                     {", ".join(f"CASE WHEN {found[c]} IS NULL THEN {c} END AS {c}" for c in columns)}),
                     {", ".join(f"{found[c]} AS {c}_missing" for c in columns)}
-                FROM read_parquet({_list([str(raw_file)])}, file_row_number = true, hive_partitioning = false)
+                FROM stored_in_order({_text(str(raw_file))})
             )"""
     )
 
@@ -117,5 +117,8 @@ def _counted(texts: dict[str, int]) -> str:
 
 def _list(texts: Iterable[str]) -> str:
     """A list as SQL: a view takes no parameters."""
-    quoted = ", ".join("'" + text.replace("'", "''") + "'" for text in texts)
-    return f"[{quoted}]::VARCHAR[]"
+    return f"[{', '.join(map(_text, texts))}]::VARCHAR[]"
+
+
+def _text(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

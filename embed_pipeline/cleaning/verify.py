@@ -6,8 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import duckdb
-
 from embed_pipeline.cleaning import reasons
 from embed_pipeline.cleaning.elsewhere import Apart
 from embed_pipeline.cleaning.normalise import create_macros
@@ -24,6 +22,7 @@ from embed_pipeline.tables import (
     REJECTED_FILE,
     SPLITS,
     WITHHELD_FILE,
+    connect,
 )
 
 _TABLES = {
@@ -174,11 +173,11 @@ def verify(folder: Path, raw_file: Path | None = None, missing_texts: Sequence[s
     """
     with (
         tempfile.TemporaryDirectory(prefix="verify-") as work,
-        duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": work}) as connection,
+        connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": work}) as connection,
     ):
         create_macros(connection)
         for table, name in _TABLES.items():
-            connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{_quoted(folder / name)}')")
+            connection.execute(f"CREATE VIEW {table} AS SELECT * FROM stored('{_quoted(folder / name)}')")
         connection.execute(
             "CREATE VIEW positives AS SELECT query_id, split, passage_id, document_id, cluster_id FROM qrels "
             "JOIN queries USING (query_id) JOIN passages USING (passage_id) WHERE relevance > 0"
@@ -218,7 +217,8 @@ _EXAMPLE_PROMISES_TO_RAW = {
     "a rejected row is a raw row": f"SELECT {_ROW} FROM rejected ANTI JOIN raw USING (source, row_number)",
     "every kept row is an example, as it was delivered": f"""
         SELECT {_ROW} FROM kept ANTI JOIN examples e ON e.sentence1 = kept.sentence1
-        AND e.sentence2 IS NOT DISTINCT FROM kept.sentence2 AND e.label IS NOT DISTINCT FROM kept.label
+        AND e.sentence2 IS NOT DISTINCT FROM kept.sentence2
+        AND class_key(e.label) IS NOT DISTINCT FROM class_key(kept.label)
         AND ($kind <> 'scored' OR abs(e.score - (kept.score - $low) / ($high - $low)) < 1e-9)""",
     "an example was delivered, once": """
         SELECT example_id FROM examples e LEFT JOIN kept k ON e.sentence1 = k.sentence1
@@ -239,10 +239,10 @@ def verify_examples(
     """The same for the tables that `examples.clean_examples` wrote; `apart` is what its report says of the splits."""
     low, high = source.score_range or (0.0, 1.0)
     told = {"kind": source.kind, "apart": apart, "low": low, "high": high}
-    with duckdb.connect(config={"memory_limit": MEMORY_LIMIT}) as connection:
+    with connect(config={"memory_limit": MEMORY_LIMIT}) as connection:
         create_macros(connection)
         for table, name in (("examples", EXAMPLES_FILE), ("rejected", REJECTED_EXAMPLES_FILE)):
-            connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{_quoted(folder / name)}')")
+            connection.execute(f"CREATE VIEW {table} AS SELECT * FROM stored('{_quoted(folder / name)}')")
         promises = dict(_EXAMPLE_PROMISES)
         if raw_file is not None:
             view_raw_rows(connection, raw_file, missing_texts, examples=True)

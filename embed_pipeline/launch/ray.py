@@ -18,10 +18,17 @@ from pathlib import Path
 from embed_pipeline.launch.heartbeat import HEARTBEAT_VARIABLE, Heart
 from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, leave_error
 from embed_pipeline.launch.torchrun import torchrun_command
+from embed_pipeline.masking import without_password
 from embed_pipeline.settings import LaunchSettings
 
 SUBMISSION_FILE = "ray.json"
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # in Ray's own order
 _POLL_SECONDS = 2.0
+
+
+def cluster_address() -> dict[str, str]:
+    """The address of a cluster in Ray's own variables, by the variable's name: it may hold a password."""
+    return {name: address for name in ADDRESS_VARIABLES if (address := os.environ.get(name))}
 
 
 def ray_command(
@@ -50,6 +57,9 @@ def main(submission: Path) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     told, heart = json.loads(submission.read_text()), Heart(submission.with_name("heartbeat"))
     heart.beat()
+    if told["address"] is not None:  # else Ray would prefer the environment's to what the YAML says
+        for name in ADDRESS_VARIABLES:
+            os.environ.pop(name, None)
     try:
         client = JobSubmissionClient(told["address"])
         job = client.submit_job(
@@ -57,14 +67,16 @@ def main(submission: Path) -> int:
             entrypoint_num_gpus=told["gpus"] or None,
             runtime_env={
                 "env_vars": {
-                    **{name: os.environ[name] for name in told["environment"]},
+                    **{name: os.environ[name] for name in told["environment"] if name in os.environ},
                     HEARTBEAT_VARIABLE: str(heart.path),
                     ERROR_FILE_VARIABLE: str(submission.with_name("error-node.json")),
                 }
             },
         )
     except (ConnectionError, RuntimeError) as error:
-        leave_error(f"ConnectionError: no Ray cluster took the job at {told['address']}: {error}", -signal.SIGTERM)
+        where = told["address"] or next(iter(cluster_address().values()))
+        reason = without_password(f"ConnectionError: no Ray cluster took the job at {where}: {error}")
+        leave_error(reason, -signal.SIGTERM)
         return 1
     print(f"Ray job {job} is submitted", flush=True)
     shown, status = 0, None

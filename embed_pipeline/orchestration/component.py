@@ -4,23 +4,53 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 
 from embed_pipeline.errors import ConfigurationError, ModelError
 from embed_pipeline.evaluation.guard_files import check_guards
 from embed_pipeline.evaluation.nano_beir import check_nano_beir
 from embed_pipeline.exporting.forms import check_packages
 from embed_pipeline.launch.job import check_site
+from embed_pipeline.masking import without_password
 from embed_pipeline.models.source import locate
 from embed_pipeline.orchestration.assets import ASSET_FACTORIES
 from embed_pipeline.orchestration.automation import automated
 from embed_pipeline.orchestration.checks import checks_of
 from embed_pipeline.orchestration.rollback import rollback_job
+from embed_pipeline.pipeline_file import Document, file_in, read_documents, settings_of
 from embed_pipeline.settings import ModelSource, PipelineSettings
 from embed_pipeline.sources.check import check_all
 from embed_pipeline.stages import Pipeline
+
+
+class PipelineAttributes(RootModel[dict[str, Any]]):
+    """Any mapping for Dagster, which shall not judge what it has not read as it is written; the schema is ours."""
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return _with_templates(PipelineSettings.model_json_schema(*args, **kwargs))
+
+
+def _with_templates(schema: Any) -> Any:
+    """The schema, which takes `{{ env.NAME }}` and a number such as 1e-5 for every number and every yes or no."""
+    if isinstance(schema, list):
+        return [_with_templates(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("type") in ("number", "integer", "boolean"):
+        of_value = {key: value for key, value in schema.items() if key not in _ABOUT}
+        return {
+            **{key: value for key, value in schema.items() if key in _ABOUT},
+            "anyOf": [of_value, {"type": "string", "pattern": _TEMPLATE_OR_NUMBER}],
+        }
+    return {key: _with_templates(value) for key, value in schema.items()}
+
+
+_ABOUT = ("title", "description", "default")
+_TEMPLATE_OR_NUMBER = r"^\s*(\{\{\s*env\.\w+\s*\}\}|[-+]?[0-9.]+([eE][-+]?[0-9]+)?)\s*$"
 
 
 class PipelineScaffolder(dg.Scaffolder):
@@ -47,28 +77,20 @@ class RetrievalPipeline(dg.Component):
 
     @classmethod
     def get_model_cls(cls) -> type[BaseModel]:
-        return PipelineSettings
+        return PipelineAttributes
 
     @classmethod
     def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> RetrievalPipeline:
-        """Resolve templates such as `{{ env.RAW_DATA }}`, then check every path that can be checked before any work."""
-        if attributes is None:
-            raise ConfigurationError(f"{context.path}: `attributes` is missing: give at least name, source, embedder")
-        given = attributes.model_dump(mode="json", exclude_unset=True)
-        settings = PipelineSettings.model_validate(context.resolution_context.resolve_value(given))
-        yaml_file = context.path / "defs.yaml" if context.path.is_dir() else context.path
-        folder = yaml_file.parent
-        try:
-            check_all(settings.sources, folder, unattended=settings.automation.unattended)
-            check_guards(settings.forgetting, folder)
-            if settings.evaluation.nano_beir is not None:
-                check_nano_beir(folder / settings.evaluation.nano_beir)
-            check_packages(settings.exports)
-            check_site(settings.launch)
-            _check_local_models(settings, folder)
-        except (ConfigurationError, ModelError) as error:
-            raise type(error)(f"{yaml_file}: {error}") from error
-        return cls(Pipeline.of(settings, folder))
+        """Read the YAML anew, as it is written, then check every path that can be checked before any work.
+
+        What Dagster hands over went through its templates, which change what is written.
+        """
+        path = context.component_path
+        yaml_file = path.file_path if path.file_path.is_file() else file_in(path.file_path)
+        assert yaml_file is not None
+        number = path.instance_key if isinstance(path.instance_key, int) else 0
+        document = read_documents(yaml_file)[number]
+        return cls(pipeline_of(document))
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         assets = [asset for factory in ASSET_FACTORIES if (asset := factory(self.pipeline)) is not None]
@@ -76,6 +98,25 @@ class RetrievalPipeline(dg.Component):
             automated(self.pipeline, assets),
             dg.Definitions(asset_checks=checks_of(self.pipeline), jobs=[rollback_job(self.pipeline)]),
         )
+
+
+def pipeline_of(document: Document) -> Pipeline:
+    """The pipeline of a YAML, when all that it names is there.
+
+    Raises ConfigurationError, or ModelError for a base model, that names the file, the line and the key.
+    """
+    settings, folder = settings_of(document), document.file.parent
+    try:
+        check_all(settings.sources, folder, unattended=settings.automation.unattended)
+        check_guards(settings.forgetting, folder)
+        if settings.evaluation.nano_beir is not None:
+            check_nano_beir(folder / settings.evaluation.nano_beir)
+        check_packages(settings.exports)
+        check_site(settings.launch)
+        _check_local_models(settings, folder)
+        return Pipeline.of(settings, folder)
+    except (ConfigurationError, ModelError) as error:
+        raise type(error)(f"{document.at_named(str(error))}: {without_password(str(error))}") from error
 
 
 def _check_local_models(settings: PipelineSettings, folder: Path) -> None:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from embed_pipeline.artifacts import RUN_IS_OVER, home
+from embed_pipeline.masking import without_password
 from embed_pipeline.tracking.journal import Journal, Mark, Waiting, journals, now, waiting, waiting_in
 from embed_pipeline.tracking.metrics import valid_name
-from embed_pipeline.tracking.server import fail_in_seconds, tracking_uri, without_password
+from embed_pipeline.tracking.server import fail_in_seconds, tracking_uri
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from embed_pipeline.artifacts import Artifact, PipelineStore
 from embed_pipeline.errors import TrackingError
+from embed_pipeline.masking import without_password
 from embed_pipeline.settings import TrackingSettings
 from embed_pipeline.tracking.delivery import (
     CLOSE_SECONDS,
@@ -32,11 +33,13 @@ from embed_pipeline.tracking.metrics import (
     SystemMetrics,
     valid_name,
 )
-from embed_pipeline.tracking.server import fail_in_seconds, tracking_uri, ui_address, without_password
+from embed_pipeline.tracking.server import fail_in_seconds, tracking_uri, ui_address
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED_SECONDS = 10.0  # whoever interrupts waits
+# Whoever cancels waits: a job has `launch.local.TERMINATE_SECONDS` and KILL_SECONDS to end before, and all of it stays
+# below 15. What MLflow was not told by then waits in the store.
+INTERRUPTED_SECONDS = 5.0
 
 
 class TrackedRun:

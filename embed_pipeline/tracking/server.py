@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 
 from embed_pipeline.artifacts import home
+from embed_pipeline.masking import without_password
 
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or a SQLite file in the home folder that needs no server."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
-
-
-def without_password(text: str) -> str:
-    """A text that may hold addresses, such as an error of MLflow's, without the names and passwords in them."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 def ui_address() -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 import yaml
 
-from embed_pipeline.definitions import load_folder
-from tests.orchestration.conftest import settings_of, write_pipeline
+from embed_pipeline.definitions import defs, load_folder
+from embed_pipeline.errors import ConfigurationError
+from embed_pipeline.orchestration.component import RetrievalPipeline
+from tests.orchestration.conftest import settings_of, write_pipeline, write_yaml
 
 HUB = {"hub": "BAAI/bge-small-en-v1.5"}
 PAIRS = {"name": "alike", "kind": "scored", "path": "gone.parquet"}
@@ -19,8 +24,8 @@ PAIRS = {"name": "alike", "kind": "scored", "path": "gone.parquet"}
 BAD = [
     ({"embedder.lerning_rate": 1}, "unknown key 'lerning_rate'. Did you mean 'learning_rate'? Allowed here: arguments"),
     ({"minning": {}}, "unknown key 'minning'. Did you mean 'mining'?"),
-    ({"embedder.epochs": "many"}, "attributes.embedder.epochs at"),
-    ({"embedder.epochs": 0}, "Input should be greater than 0"),
+    ({"embedder.epochs": "many"}, "embedder.epochs: Input should be a valid number"),
+    ({"embedder.epochs": 0}, "embedder.epochs: Input should be greater than or equal to 0.001; found 0"),
     ({"embedder.engine": "keras"}, "Input should be 'sentence-transformers' or 'flag-embedding'"),
     ({"embedder.base_model": HUB}, "needs `revision`: the 40-digit commit hash"),
     ({"embedder.base_model": {**HUB, "revision": "main"}}, "found 'main'. A branch such as main can change"),
@@ -88,14 +93,6 @@ def test_a_pipeline_without_attributes_is_told_what_it_needs(tmp_path: Path) -> 
     assert "`attributes` is missing: give at least name, source, embedder" in told(tmp_path)
 
 
-def test_a_folder_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from embed_pipeline.definitions import extra_folders
-
-    monkeypatch.setenv("EMBED_PIPELINE_DEFS", "/no/such/folder")
-    with pytest.raises(Exception, match="EMBED_PIPELINE_DEFS names /no/such/folder, which is not a folder"):
-        extra_folders()
-
-
 def test_environment_variables_can_stand_in_the_yaml(
     tmp_path: Path, tiny_bert_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,3 +103,200 @@ def test_environment_variables_can_stand_in_the_yaml(
     definitions = load_folder(tmp_path, "templated_pipeline_under_test")
 
     assert len(list(definitions.resolve_all_asset_specs())) == 7
+
+
+PROMPTS = {"query_prompt": "'query:\n", "passage_prompt": "Q {{text}}: "}
+
+
+def test_a_text_reaches_the_settings_as_it_is_written(tmp_path: Path, tiny_bert_folder: Path) -> None:
+    settings = changed(settings_of(tiny_bert_folder), {"embedder.encoding": PROMPTS, "description": "None"})
+    write_pipeline(tmp_path, settings, pairs=2)
+    module = {"project_root": tmp_path, "defs_module": _module(tmp_path)}
+
+    component = dg.ComponentTree.from_module(**module).load_component("small", RetrievalPipeline)
+
+    told = component.pipeline.settings
+    assert told.embedder.encoding.model_dump(include=set(PROMPTS)) == PROMPTS
+    assert told.description == "None"
+
+
+def _module(folder: Path) -> Any:
+    from types import ModuleType
+
+    module = ModuleType("templates_under_test")
+    module.__path__, module.__file__ = [str(folder)], str(folder / "__init__.py")
+    return module
+
+
+# ---------------------------------------------------------------------------------- one broken among others
+
+AUTOMATION = {"watch": True, "retrain": "0 3 * * *", "timezone": "Europe/Berlin"}
+
+
+@pytest.fixture
+def deployment(
+    tmp_path: Path, tiny_bert_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str | bytes | None], dg.Definitions]:
+    """The definitions of a deployment of the pipeline `small` and one more, with `text` for its YAML."""
+    write_pipeline(tmp_path / "defs", settings_of(tiny_bert_folder), pairs=2)
+    other = tmp_path / "defs" / "other" / "defs.yaml"
+    other.parent.mkdir()
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setenv("EMBED_PIPELINE_DEFS", str(tmp_path / "defs"))
+    monkeypatch.delenv("DAGSTER_IS_DEFS_VALIDATION_CLI", raising=False)
+
+    def load(text: str | bytes | None) -> dg.Definitions:
+        if text is None:
+            other.symlink_to("/nowhere/defs.yaml")
+        else:
+            other.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return defs()
+
+    return load
+
+
+def keys_of(definitions: dg.Definitions) -> set[str]:
+    return {spec.key.to_user_string() for spec in definitions.resolve_all_asset_specs()}
+
+
+SHOP = "type: embed_pipeline.RetrievalPipeline\nattributes:\n  name: shop\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "reason"),
+    [
+        (f"{SHOP}  automation: {AUTOMATION}\n", "shop", "defs.yaml:2: source: Field required"),
+        (f"{SHOP}  sources: [\n", "other", "this is not YAML"),
+        (f"{SHOP}  description: K\u00e4se\n".encode("latin-1"), "other", "defs.yaml:4: the byte 0xe4 is not UTF-8"),
+        ("type: no_such_package.Component\n", "other", "no_such_package"),
+        ("", "other", "the file is empty"),
+        (None, "other", "the link leads to /nowhere/defs.yaml, which is not there"),
+        (f"{SHOP}  automation: {{retrain: every night}}\n", "shop", "source: Field required"),
+    ],
+)
+def test_one_broken_yaml_leaves_the_others_alone_and_is_seen(
+    text: str | bytes | None,
+    name: str,
+    reason: str,
+    deployment: Callable[[str | bytes | None], dg.Definitions],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        definitions = deployment(text)
+
+    assert {"demo/embedder", "small/embedder", "small/champion", f"{name}/broken_yaml"} <= keys_of(definitions)
+    (logged,) = [record.getMessage() for record in caplog.records if "cannot be loaded" in record.getMessage()]
+    where = str(tmp_path / "defs" / "other" / "defs.yaml")
+    assert where in logged
+    assert reason in logged
+    spec = definitions.get_assets_def([name, "broken_yaml"]).get_asset_spec()
+    assert reason in (spec.description or "")
+    dg.Definitions.validate_loadable(definitions)
+
+    job = definitions.resolve_job_def(f"{name}_pipeline")
+    with dg.DagsterInstance.ephemeral() as instance:
+        done = job.execute_in_process(raise_on_error=False, instance=instance)
+    assert not done.success
+    (failure,) = [event for event in done.all_events if event.is_step_failure]
+    assert reason in str(failure.step_failure_data.error_display_string)
+    assert where in str(failure.step_failure_data.error_display_string)
+
+
+def test_its_check_schedule_and_sensor_say_why_it_does_not_run(
+    deployment: Callable[[str | bytes | None], dg.Definitions],
+) -> None:
+    definitions = deployment(f"{SHOP}  automation: {AUTOMATION}\n")
+
+    schedule = definitions.resolve_schedule_def("shop_nightly")
+    assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 3 * * *", "Europe/Berlin")
+    assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
+    with dg.DagsterInstance.ephemeral() as instance:
+        tick = schedule.evaluate_tick(dg.build_schedule_context(instance))
+        assert tick.run_requests == []
+        assert "source: Field required" in (tick.skip_message or "")
+        sensor = definitions.resolve_sensor_def("shop_raw_files")
+        assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
+        look = sensor.evaluate_tick(dg.build_sensor_context(instance))
+        assert look.run_requests == []
+        assert "source: Field required" in (look.skip_message or "")
+
+        check = dg.AssetCheckKey(dg.AssetKey(["shop", "broken_yaml"]), "yaml_can_be_loaded")
+        job = definitions.resolve_implicit_global_asset_job_def()
+        done = job.get_subset(asset_check_selection={check}, asset_selection=set()).execute_in_process(
+            instance=instance, raise_on_error=False
+        )
+    (evaluation,) = done.get_asset_check_evaluations()
+    assert not evaluation.passed
+    assert "source: Field required" in (evaluation.description or "")
+
+
+def test_on_change_says_why_as_well_and_what_asks_for_nothing_has_no_schedule(
+    deployment: Callable[[str | bytes | None], dg.Definitions],
+) -> None:
+    definitions = deployment(f"{SHOP}  automation: {{retrain: on_change}}\n")
+    assert {s.name for s in definitions.sensors or []} == {"shop_retraining"}
+    definitions = deployment(SHOP)
+    assert not [*(definitions.sensors or []), *(definitions.schedules or [])]
+
+
+def test_where_definitions_are_only_checked_every_reason_is_an_error(
+    deployment: Callable[[str | bytes | None], dg.Definitions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_IS_DEFS_VALIDATION_CLI", "1")
+    with pytest.raises(ConfigurationError, match=r"defs.yaml:2: source: Field required\n.*embedder: Field required"):
+        deployment(SHOP)
+
+
+def test_two_pipelines_of_one_name_are_both_refused_and_name_each_other(
+    deployment: Callable[[str | bytes | None], dg.Definitions], tmp_path: Path
+) -> None:
+    text = (tmp_path / "defs" / "small" / "defs.yaml").read_text()
+    definitions = deployment(text)
+
+    keys = keys_of(definitions)
+    assert {"small/broken_yaml", "small_broken/broken_yaml", "demo/embedder"} <= keys
+    assert "small/embedder" not in keys
+    reasons = [
+        definitions.get_assets_def([name, "broken_yaml"]).get_asset_spec().description or ""
+        for name in ("small", "small_broken")
+    ]
+    for reason in reasons:
+        assert str(tmp_path / "defs" / "small" / "defs.yaml") in reason
+        assert str(tmp_path / "defs" / "other" / "defs.yaml") in reason
+
+
+def test_a_folder_that_is_not_there_leaves_the_others_alone(
+    deployment: Callable[[str | bytes | None], dg.Definitions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBED_PIPELINE_DEFS", f"{tmp_path / 'defs'}:/no/such/folder:{tmp_path / 'defs' / '.'}")
+    definitions = deployment(SHOP)
+
+    assert {"small/embedder", "shop/broken_yaml", "folder/broken_yaml"} <= keys_of(definitions)
+    spec = definitions.get_assets_def(["folder", "broken_yaml"]).get_asset_spec()
+    assert "EMBED_PIPELINE_DEFS names /no/such/folder, which is not a folder" in (spec.description or "")
+
+
+def test_python_beside_a_broken_yaml_is_loaded(
+    deployment: Callable[[str | bytes | None], dg.Definitions], tmp_path: Path
+) -> None:
+    code = "import dagster as dg\n\n\n@dg.asset\ndef {name}() -> None: ...\n"
+    (tmp_path / "defs" / "beside.py").write_text(code.format(name="beside"))
+    (tmp_path / "defs" / "deeper" / "one").mkdir(parents=True)
+    (tmp_path / "defs" / "deeper" / "below.py").write_text(code.format(name="below"))
+    (tmp_path / "defs" / "worse.py").write_text("raise RuntimeError('no')\n")
+
+    keys = keys_of(deployment(SHOP))
+
+    assert {"beside", "below", "small/embedder", "shop/broken_yaml", "worse/broken_yaml"} <= keys
+
+
+def test_two_pipelines_may_stand_in_one_file(
+    deployment: Callable[[str | bytes | None], dg.Definitions], tmp_path: Path, tiny_bert_folder: Path
+) -> None:
+    two = tmp_path / "defs" / "small" / "defs.yaml"
+    first = two.read_text()
+    write_yaml(two, {**settings_of(tiny_bert_folder), "name": "second"})
+    two.write_text(f"{first}---\n{two.read_text()}")
+
+    assert {"small/embedder", "second/embedder", "shop/broken_yaml"} <= keys_of(deployment(SHOP))
