@@ -221,7 +221,7 @@ SHARES = {"test": 0.2, "dev": 0.1}
     [
         # A share starts where the one before it ends, and its own end is the next one's.
         (
-            [0.0, 0.19, 0.2, 0.29, 0.31, 0.99],
+            [0.0, 0.19, 0.2, 0.29, 0.2 + 0.1, 0.99],
             [1] * 6,
             ["test", "test", "dev", "dev", "train", "train"],
         ),
