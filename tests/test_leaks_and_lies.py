@@ -332,7 +332,7 @@ def test_a_truncated_corpus_is_refused_and_nothing_is_published(
     lost = [f"c{n}" for n in (8, 9)]
     said = (
         r"answers are missing from the delivery\. test: 2 of 20 answers \(10\.0%\) are missing, and with them 2 of 20 "
-        r"questions\. For example raw/qrels\.parquet row 8: unknown_passage, passage_id c8;.*`cleaning\.max_missing_a"
+        r"questions\. For example raw/qrels\.parquet row 8: unknown_passage, passage_id 'c8',.*`cleaning\.max_missing_a"
     )
     with pytest.raises(CleaningError, match=said):
         deliver(**{**files, "corpus": without(files["corpus"], lost)})
@@ -349,7 +349,7 @@ def test_single_answers_that_are_missing_are_counted_and_told(deliver: Callable[
         ("raw/queries.parquet", 0): "query_without_positive",
         ("raw/queries.parquet", 8): "query_without_positive",
     }
-    assert delivery.detail["raw/qrels.parquet", 8] == "passage_id c8"
+    assert delivery.detail["raw/qrels.parquet", 8] == "passage_id 'c8', while 'c1' is there"
     of_test = delivery.report.answers_by_split["test"]
     assert (of_test.answers, of_test.missing, of_test.queries, of_test.queries_lost) == (60, 1, 60, 1)
     assert delivery.report.queries_by_split == {"train": 209, "dev": 30, "test": 59}
