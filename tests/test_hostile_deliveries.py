@@ -308,7 +308,7 @@ ALL_OF_ONE: dict[str, tuple[list[Row], str]] = {
     ),
     "one document": (
         sound(0, 20, document_id="x"),
-        r"its 20 queries form 1 group.*the document 'x' \(20 queries\).*`columns\.document_id`",
+        r"its 20 queries form 1 group.*and 3 are needed.*the document 'x' \(20 queries\).*`columns\.document_id`",
     ),
     "one query_id": (
         sound(0, 20, query_id="x"),

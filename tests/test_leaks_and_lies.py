@@ -81,7 +81,7 @@ SPELLINGS: dict[str, tuple[str, str]] = {
     "grapheme joiner": ("Where is Zu\u034frich?", "where is Zurich"),
     "Hangul filler": ("Where\u3164 is\uffa0 Seoul?", "where is Seoul"),
     "tags": ("Which flag \U0001f3f4\U000e0067\U000e007f?", "which flag \U0001f3f4"),
-    "word joiner": ("Was re\u2060do fixed?", "was redo fixed"),
+    "word joiner": ("Was redo fixed?", "was re\u2060do fixed"),
 }
 
 
@@ -124,7 +124,9 @@ def test_of_a_question_in_two_spellings_only_trains_is_dropped(asked_in_test_and
 
 @pytest.mark.parametrize("case", SPELLINGS)
 def test_spellings_of_a_question_stand_in_one_split_and_stay_two_questions(asked_twice: Delivery, case: str) -> None:
-    asked, again = (re.sub("[\u200b\u00ad]", "", unicodedata.normalize("NFC", query)) for query in SPELLINGS[case])
+    asked, again = (
+        re.sub("[\u200b\u00ad\u2060]", "", unicodedata.normalize("NFC", query)) for query in SPELLINGS[case]
+    )
     splits = [asked_twice.split_of[re.sub(r"\s", " ", query)] for query in (asked, again)]
     assert splits[0] == splits[1]
 
@@ -330,7 +332,7 @@ def test_a_truncated_corpus_is_refused_and_nothing_is_published(
     lost = [f"c{n}" for n in (8, 9)]
     said = (
         r"answers are missing from the delivery\. test: 2 of 20 answers \(10\.0%\) are missing, and with them 2 of 20 "
-        r"questions\. For example raw/qrels\.parquet row 8: unknown_passage, passage_id c8;.*`cleaning\.max_missing_a"
+        r"questions\. For example raw/qrels\.parquet row 8: unknown_passage, passage_id 'c8',.*`cleaning\.max_missing_a"
     )
     with pytest.raises(CleaningError, match=said):
         deliver(**{**files, "corpus": without(files["corpus"], lost)})
@@ -347,7 +349,7 @@ def test_single_answers_that_are_missing_are_counted_and_told(deliver: Callable[
         ("raw/queries.parquet", 0): "query_without_positive",
         ("raw/queries.parquet", 8): "query_without_positive",
     }
-    assert delivery.detail["raw/qrels.parquet", 8] == "passage_id c8"
+    assert delivery.detail["raw/qrels.parquet", 8] == "passage_id 'c8', while 'c1' is there"
     of_test = delivery.report.answers_by_split["test"]
     assert (of_test.answers, of_test.missing, of_test.queries, of_test.queries_lost) == (60, 1, 60, 1)
     assert delivery.report.queries_by_split == {"train": 209, "dev": 30, "test": 59}

@@ -174,6 +174,7 @@ def rows_against_the_words() -> list[dict[str, Any]]:
     return [{**row, "split": ("train", "train", "dev", "test")[i // 2 % 4]} for i, row in enumerate(found)]
 
 
+@pytest.mark.slow
 def test_a_real_training_learns_what_people_said(pipeline: Pipeline) -> None:
     """CoSENTLoss, the default, by the stages and torchrun: a random model sees words, and learns kinds of things."""
     pq.write_table(pa.Table.from_pylist(rows_against_the_words()), pipeline.folder / "pairs.parquet")

@@ -221,7 +221,7 @@ SHARES = {"test": 0.2, "dev": 0.1}
     [
         # A share starts where the one before it ends, and its own end is the next one's.
         (
-            [0.0, 0.19, 0.2, 0.29, 0.31, 0.99],
+            [0.0, 0.19, 0.2, 0.29, 0.2 + 0.1, 0.99],
             [1] * 6,
             ["test", "test", "dev", "dev", "train", "train"],
         ),
@@ -235,6 +235,7 @@ SHARES = {"test": 0.2, "dev": 0.1}
         # It takes none that is the only one of its split,
         ([0.21, 0.22, 0.9], [1, 1, 1], ["test", "dev", "train"]),
         ([0.05, 0.35, 0.4], [1, 1, 1], ["test", "dev", "train"]),
+        ([0.05, 0.21, 0.22], [1, 1, 1], ["test", "train", "dev"]),
         # and a large one only where no small one can be spared.
         ([0.5, 0.6, 0.7], [50, 1, 1], ["train", "test", "dev"]),
         ([0.9, 0.5, 0.7], [50, 50, 1], ["train", "dev", "test"]),
