@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all docs ui mlflow clean
+.PHONY: help setup demo test test-slow docs ui mlflow clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,13 +28,13 @@ demo: setup  ## train and evaluate on the demo's data, then show the report
 	$(BIN)/dagster asset materialize -m embed_pipeline.definitions --select 'key:"demo/*"'
 	@$(BIN)/embed-pipeline report demo
 
-test: setup  ## lint, type check and test (what CI runs)
+test: setup  ## lint, type check and test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow" $(IN_PARALLEL)
 
-test-all: setup  ## the slow tests as well
-	$(BIN)/python -m pytest $(IN_PARALLEL)
+test-slow: setup  ## the tests that take longer than a minute each (CI runs them after `make test`)
+	$(BIN)/python -m pytest -m slow --durations 30 $(IN_PARALLEL)
 
 docs: setup  ## write docs/settings.md and docs/losses.md anew from the code
 	$(BIN)/python -m embed_pipeline.reference docs

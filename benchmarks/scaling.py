@@ -12,6 +12,7 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -276,7 +277,7 @@ def check() -> None:
     print("| of a step | formula | torch |\n|---|---|---|")
     print(f"| parameters | {SMALL.parameters:,} | {sum(p.numel() for p in small_bert().parameters()):,} |")
     print(f"| operations | {encoder_flops(SMALL, CHECKED):.5g} | {counted_flops():.5g} |", flush=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = [sys.executable, "-m", "embed_pipeline.launch.agent", "--rdzv-backend=files", "--nproc-per-node=2"]
     subprocess.run([*torchrun, __file__, "--bytes"], check=True)
 
 
@@ -294,7 +295,9 @@ def print_counted_bytes() -> None:
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
-    distributed.init_process_group("gloo")
+    from embed_pipeline.launch.rank import meet, take_place
+
+    meet(take_place(2), timedelta(minutes=5))
     model = DistributedDataParallel(small_bert())
     shared: list[int] = []
 

@@ -16,6 +16,7 @@ from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_
 from embed_pipeline.champions import Champion, Promotion, models_of, read_history
 from embed_pipeline.errors import UserError
 from embed_pipeline.launch.nodes import NODES_FOLDER, join
+from embed_pipeline.libraries import COMPUTED, LIBRARIES_OF_MODELS, upgrades_since
 from embed_pipeline.masking import without_password
 from embed_pipeline.tables import source_folder
 from embed_pipeline.training.job import MODEL_FOLDER
@@ -89,11 +90,28 @@ def verify(pipeline: str) -> None:
             click.echo(f"{pipeline}/{asset} {artifact.version}: {len(artifact.manifest.files)} files as published")
 
 
+@main.command()
+@click.argument("pipeline")
+def check(pipeline: str) -> None:
+    """Say whether every current version of PIPELINE was made with the libraries that are installed."""
+    store = _store(pipeline)
+    for asset in COMPUTED:
+        if store.has_current(asset):
+            artifact = store.current(asset)
+            upgrades = upgrades_since(artifact)
+            told = upgrades or f"made with the installed {', '.join(LIBRARIES_OF_MODELS)}"
+            click.echo(f"{_title(artifact)}: {told}")
+
+
 @main.command("join")
 @click.argument("pipelines", nargs=-1)
 @click.option("--jobs", type=click.IntRange(min=1), help="Leave after so many; without it, stay for ever.")
 def join_jobs(pipelines: tuple[str, ...], jobs: int | None) -> None:
-    """Be a node for the jobs of PIPELINES (all in the store, if none is named) that `launch.kind: nodes` announces."""
+    """Be a node for the jobs of PIPELINES (all in the store, if none is named) that `launch.kind: nodes` announces.
+
+    Only this user's jobs are done: announcement and job file have to lie in the store, belong to the user that runs
+    this, and be writable by nobody else.
+    """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     store = store_root()
     click.echo(f"waiting for jobs of {', '.join(pipelines) or 'every pipeline'} in {store}", err=True)
@@ -104,7 +122,7 @@ def join_jobs(pipelines: tuple[str, ...], jobs: int | None) -> None:
 
     # Stopped as a service is, it ends what it takes part in; so does Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    join(folders, jobs=jobs)
+    join(store, folders, jobs=jobs)
 
 
 @main.command()

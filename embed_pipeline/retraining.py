@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from embed_pipeline.champions import pair_key, read_history
 from embed_pipeline.errors import ArtifactError, UserError
+from embed_pipeline.libraries import installed, upgrades_since
 from embed_pipeline.sources.fingerprint import content_digest, fingerprint, look, state_digest
 from embed_pipeline.sources.watch import MOST_BYTES, Read
 from embed_pipeline.stages import Pipeline, raw_recipe
@@ -33,7 +34,7 @@ def retraining_due(pipeline: Pipeline) -> Due:
     if built:
         return Due(True, f"{built[0]}.script builds the raw files anew: the run will find out whether they changed")
     try:
-        for reason in (_raw_files_changed, _not_made_of_each_other, _not_promoted):
+        for reason in (_raw_files_changed, _not_made_of_each_other, _libraries_upgraded, _not_promoted):
             if found := reason(pipeline):
                 return Due(True, found)
     except (UserError, OSError) as error:
@@ -88,6 +89,16 @@ def _not_made_of_each_other(pipeline: Pipeline) -> str | None:
             if artifact.manifest.recipe.inputs[upstream] != now.content:
                 return f"{asset} {artifact.version} was made from {upstream} {version}, but {now.version} is current"
     return None
+
+
+def _libraries_upgraded(pipeline: Pipeline) -> str | None:
+    if not pipeline.settings.retrain_after_library_upgrade:
+        return None
+    embedder = pipeline.store.current("embedder")
+    if embedder.manifest.recipe.settings.get("libraries") == installed():
+        return None
+    upgrades = upgrades_since(embedder) or "made before retrain_after_library_upgrade was switched on"
+    return f"embedder {embedder.version} was {upgrades}"
 
 
 def _not_promoted(pipeline: Pipeline) -> str | None:

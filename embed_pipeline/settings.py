@@ -7,6 +7,7 @@ when definitions load, before any work. This module imports neither torch nor da
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import math
 import os
 import re
@@ -16,7 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from embed_pipeline.library_arguments import ModelKind, check_arguments, check_loss_arguments
 from embed_pipeline.losses import (
@@ -253,12 +263,18 @@ class ColumnSettings(Settings):
     relevance: str | None = Field(None, description="graded relevance; BEIR qrels default to `score`")
     title: str | None = Field(None, description="put before the passage's text when encoding")
     document_id: str | None = Field(None, description="passages of one document never stand in two splits")
-    split: str | None = Field(None, description="a delivered split (train, dev, test) is honoured")
+    split: str | None = Field(
+        None,
+        description="a delivered split is honoured: train, dev, test, or a common name of one (training, validation, "
+        "val, testing, ...); any other value is refused",
+    )
     text: str = Field("text", description="the text column of BEIR corpus and queries, and of an extra corpus")
     sentence1: str = Field("sentence1", description="scored, labelled, parallel: the first text")
     sentence2: str | None = Field(None, description="the second text; labelled texts may stand alone")
     score: str = Field("score", description="scored: how alike the two are")
-    label: str = Field("label", description="labelled: the class, text or whole numbers")
+    label: str = Field(
+        "label", description="labelled: the class: text, whole numbers or booleans; letter case makes none"
+    )
 
 
 # The keys of `columns` that mean something to each kind of source; another key would be ignored, so it is refused.
@@ -287,7 +303,7 @@ class SourceSettings(Settings):
         "class) or parallel (a sentence and its translation)",
     )
     path: PathText | None = Field(
-        None, description="every kind but beir: a file, a folder or a glob; relative to the YAML"
+        None, description="every kind but beir: a file, a folder or a glob, relative to the YAML; see data.md"
     )
     corpus: PathText | None = Field(None, description="beir: corpus parquet (file, folder or glob)")
     queries: PathText | None = Field(None, description="beir: queries parquet")
@@ -298,7 +314,11 @@ class SourceSettings(Settings):
     script: Place | None = Field(
         None, description="Python script run before reading, as `python script OUTPUT_FOLDER`, to build the files"
     )
-    script_output: Place | None = Field(None, description="its files; replaced whole by what `script` writes each time")
+    script_output: Place | None = Field(
+        None,
+        description="its files; replaced whole by what `script` writes each time. A folder that holds anything else is "
+        "refused, and nothing is deleted",
+    )
     score_range: tuple[float, ...] | None = Field(
         None,
         min_length=2,
@@ -410,6 +430,12 @@ class CleaningSettings(Settings):
     passage_min_characters: int = Field(2, ge=1, le=100_000_000, description="shorter ones are rejected")
     passage_max_characters: int = Field(
         100_000, ge=1, le=100_000_000, description="longer ones are rejected: no model reads them to their end"
+    )
+    missing_texts: tuple[str, ...] = Field(
+        ("nan", "NaN", "NaT", "None", "NULL", "null", "N/A", "n/a", "NA", "<NA>", "#N/A"),
+        description="a text, label or split that is exactly one of these stands for a missing one, as pandas' "
+        "`astype(str)` and exports write it; of ids and documents only nan, NaN, NaT, None and <NA>. What was read so "
+        "is counted and reported. []: all of them are texts",
     )
     max_missing_answers: Share = Field(
         0.05,
@@ -1019,6 +1045,28 @@ class HubSettings(Settings):
         return self
 
 
+def _check_network(network: str) -> str:
+    """Raises ValueError unless `network` is one (10.0.0.0/24), or can be the name of an interface."""
+    if "/" in network:
+        found = ipaddress.ip_network(network, strict=False)
+        if found.prefixlen == 0:
+            raise ValueError(f"{network} is every network. Name the one that the nodes share, e.g. 10.0.0.0/24")
+        return network
+    try:
+        address = ipaddress.ip_address(network)
+    except ValueError:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", network):
+            raise ValueError(
+                f"{network!r} is neither a network (10.0.0.0/24) nor the name of an interface (eth0)"
+            ) from None
+        return network
+    raise ValueError(f"{network} is an address. Name the network that the nodes share, e.g. {address}/24")
+
+
+# What `launch.network` may be.
+Network = Annotated[str, AfterValidator(_check_network)]
+
+
 class LaunchSettings(Settings):
     """Where the jobs of a pipeline run. Their code and their results are the same everywhere."""
 
@@ -1030,8 +1078,10 @@ class LaunchSettings(Settings):
     nnodes: int = Field(
         1, ge=1, le=10_000, description="nodes, slurm: machines that take part, this one included for nodes"
     )
-    rdzv_endpoint: str | None = Field(
-        None, description="nodes: host:port of this machine, as the others reach it; torchrun meets there"
+    network: Network | None = Field(
+        None,
+        description="nodes, slurm: the network between the machines, as addresses (10.0.0.0/24) or the name that an "
+        "interface has on each (eth0); gloo and NCCL use no other. Needed where there are several nodes",
     )
     wait_minutes: float = Field(
         15.0, ge=0.001, le=100_000, description="nodes: a job fails when the others have not joined by then"
@@ -1054,6 +1104,11 @@ class LaunchSettings(Settings):
         description='slurm: options of sbatch by their long names, e.g. {partition: gpu, time: "12:00:00", mem: 64G}',
     )
     setup: str = Field("", description="slurm: shell lines before the job, e.g. module load cuda")
+    environment: tuple[str, ...] = Field(
+        (),
+        description="names of variables that jobs are given besides those listed in docs/jobs.md, e.g. one that a "
+        "model's own code reads; their values are no part of a version",
+    )
 
     @property
     def elsewhere(self) -> bool:
@@ -1064,7 +1119,7 @@ class LaunchSettings(Settings):
     def _keys_of_this_kind(self) -> LaunchSettings:
         belong = {
             "nnodes": ("nodes", "slurm"),
-            "rdzv_endpoint": ("nodes",),
+            "network": ("nodes", "slurm"),
             "wait_minutes": ("nodes",),
             "gpus_per_node": ("slurm", "ray"),
             "address": ("ray",),
@@ -1075,14 +1130,14 @@ class LaunchSettings(Settings):
             default = type(self).model_fields[key].get_default(call_default_factory=True)
             if self.kind not in kinds and getattr(self, key) != default:
                 raise ValueError(f"`{key}` belongs to launch.kind {' or '.join(kinds)}, not to {self.kind}")
-        if self.kind == "nodes":
-            if self.nnodes < 2:
-                raise ValueError("launch.kind nodes needs `nnodes`: how many machines take part, 2 or more")
-            host, _, port = (self.rdzv_endpoint or "").rpartition(":")
-            if not host or "@" in host or not port.isdecimal() or not 1 <= int(port) <= 65_535:
-                raise ValueError(
-                    "launch.kind nodes needs `rdzv_endpoint`, host:port of this machine, e.g. 10.0.0.1:29400"
-                )
+        if self.kind == "nodes" and self.nnodes < 2:
+            raise ValueError("launch.kind nodes needs `nnodes`: how many machines take part, 2 or more")
+        if self.nnodes > 1 and self.network is None:
+            raise ValueError(
+                f"launch.kind {self.kind} with {self.nnodes} nodes needs `network`: the network that they share, e.g. "
+                "10.0.0.0/24, or the name of their interface to it, e.g. eth0. What they exchange is neither "
+                "encrypted nor authenticated, so it should be a network of their own"
+            )
         if self.address is not None and not _is_dashboard(self.address):
             raise ValueError(
                 "launch.address: expected the address of the cluster's dashboard, such as http://head:8265, without "
@@ -1126,6 +1181,12 @@ class PipelineSettings(Settings):
         "auto",
         description="that encode, score and search for mining and evaluation; auto: one on a CPU, one per visible GPU "
         "otherwise. Started where they save more than their start costs; results are the same",
+    )
+    retrain_after_library_upgrade: bool = Field(
+        False,
+        description="another version of torch, transformers, sentence-transformers or FlagEmbedding makes the models "
+        "and what they compute anew (as does switching this on); off: it is told, by the assets and by "
+        "`embed-pipeline check`",
     )
     source: SourceSettings
     extra_sources: tuple[ExtraSourceSettings, ...] = ()

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -22,10 +22,13 @@ from embed_pipeline.artifacts import Artifact, Made, PipelineStore, Produced, Re
 from embed_pipeline.champions import Champion, models_of, pair_key, pointer, read_history
 from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError, HubError
 from embed_pipeline.evaluation.guard_files import guard_digest
+from embed_pipeline.launch.environment import compute_as_asked
 from embed_pipeline.launch.job import Job, Site, launch_job
 from embed_pipeline.launch.nodes import NODES_FOLDER
 from embed_pipeline.launch.torchrun import has_gpu_driver, world_size
+from embed_pipeline.libraries import COMPUTED, installed
 from embed_pipeline.models.folder import pair_length
+from embed_pipeline.models.precision import ResolvedPrecision, default_device, resolve_precision
 from embed_pipeline.models.source import locate, weights_digest
 from embed_pipeline.settings import (
     SMOKE_TEST_QUERIES,
@@ -34,6 +37,7 @@ from embed_pipeline.settings import (
     MiningSettings,
     ModelSource,
     PipelineSettings,
+    Precision,
     Settings,
     SourceSettings,
     TrainingSettings,
@@ -73,8 +77,8 @@ if TYPE_CHECKING:
 
 # Part of every recipe: raise a stage's number when a change to its code changes what it makes.
 CODE_VERSIONS = {
-    "raw_pairs": "2",
-    "cleaned_pairs": "3",
+    "raw_pairs": "3",
+    "cleaned_pairs": "4",
     "hard_negatives": "3",
     "embedder": "3",
     "merged_embedder": "3",
@@ -85,6 +89,7 @@ CODE_VERSIONS = {
     "hub": "1",
 }
 
+Trained = TypeVar("Trained", bound=TrainingSettings)
 Launch = Callable[[Job, Path, "TrackedRun | None", Site], None]
 """Runs a job (its file is the second argument) to its end; raises TrainingError if it fails."""
 
@@ -121,6 +126,11 @@ class Pipeline:
             raise ConfigurationError(f"this run's overrides do not fit the other stages: {error}") from error
 
     @property
+    def encode_precision(self) -> ResolvedPrecision:
+        """The arithmetic in which models encode and score here."""
+        return _resolved_here(self.settings.encode_precision)
+
+    @property
     def site(self) -> Site:
         """Where its jobs run."""
         return Site(self.settings.launch, self.store.folder / NODES_FOLDER)
@@ -128,10 +138,14 @@ class Pipeline:
     def recipe(
         self, asset: str, inputs: Sequence[Artifact], digests: Mapping[str, str], settings: Mapping[str, Any]
     ) -> Recipe:
-        """What decides the result: `digests` of models and files, and of each input artifact its content."""
+        """What decides the result: `digests` of models and files, and of each input artifact its content.
+
+        The libraries' versions do only where the YAML says so.
+        """
+        follows = self.settings.retrain_after_library_upgrade and asset in COMPUTED
         return Recipe(
             inputs={**digests, **{artifact.manifest.asset: artifact.content for artifact in inputs}},
-            settings=dict(settings),
+            settings={**settings, **({"libraries": installed()} if follows else {})},
             seed=self.settings.seed,
             code_version=f"{__version__}.{CODE_VERSIONS[asset]}",
         )
@@ -261,7 +275,7 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
     """Cleaned pairs, with hard negatives where the source is mined -> fine-tuned embedder, by one torchrun job."""
     from embed_pipeline.training.job import EmbedderJob
 
-    settings, source = pipeline.settings.embedder, pipeline.settings.source
+    settings, source = _trained_in(pipeline, pipeline.settings.embedder), pipeline.settings.source
     negatives = pipeline.store.current("hard_negatives") if pipeline.settings.mines else None
     if negatives is None:
         cleaned = pipeline.store.current("cleaned_pairs")
@@ -315,7 +329,7 @@ def make_merged_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Pro
     told = {
         "forgetting": settings.forgetting.model_dump(mode="json"),
         "encoding": settings.embedder.encoding.model_dump(mode="json"),
-        "encode_precision": settings.encode_precision,
+        "encode_precision": pipeline.encode_precision,
         "device": device_kind(),
     }
 
@@ -333,7 +347,7 @@ def make_merged_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Pro
                 _load_guards(pipeline),
                 settings.forgetting,
                 out,
-                encode_precision=settings.encode_precision,
+                encode_precision=pipeline.encode_precision,
                 ranks=ranks_of(pipeline, launch),
             )
             tracked.log_parameters(told)
@@ -374,8 +388,9 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
     """Negatives as the fine-tuned embedder retrieves them -> fine-tuned reranker, by one torchrun job."""
     from embed_pipeline.training.job import RerankerJob
 
-    settings, window = pipeline.settings.reranker, pipeline.settings.evaluation.rerank_top_k
-    assert settings is not None, "this pipeline has no reranker"
+    asked, window = pipeline.settings.reranker, pipeline.settings.evaluation.rerank_top_k
+    assert asked is not None, "this pipeline has no reranker"
+    settings = _trained_in(pipeline, asked)
     mining = pipeline.settings.mining.model_copy(update={"num_negatives": settings.num_negatives})
     embedder = final_embedder(pipeline)
     cleaned = pipeline.store.get("cleaned_pairs", embedder.input("cleaned_pairs"))
@@ -439,7 +454,7 @@ def make_evaluation(pipeline: Pipeline, launch: Launch = launch_job) -> Produced
         "gate": settings.gate.model_dump(mode="json"),
         "forgetting": settings.forgetting.model_dump(mode="json", exclude={"coefficients"}),
         "sources": {source.extra_name or settings.name: source.kind for source in settings.sources},
-        "encode_precision": settings.encode_precision,
+        "encode_precision": pipeline.encode_precision,
         "device": device_kind(),
     }
 
@@ -463,7 +478,7 @@ def make_evaluation(pipeline: Pipeline, launch: Launch = launch_job) -> Produced
                 guard_part="all" if settings.final_embedder == "embedder" else "judging",
                 evaluators=_test_evaluators(pipeline, cleaned),
                 history=history_of(pipeline.store),
-                encode_precision=settings.encode_precision,
+                encode_precision=pipeline.encode_precision,
                 ranks=ranks_of(pipeline, launch),
                 title=settings.name,
                 versions={a.manifest.asset: a.version for a in inputs},
@@ -544,7 +559,7 @@ def _test_evaluators(pipeline: Pipeline, cleaned: Artifact) -> EmbedderEvaluator
                 source.kind,
                 source_folder(cleaned.path, source.extra_name),
                 search=not own,
-                teacher=Embedder(teacher, precision=settings.encode_precision) if teacher is not None else None,
+                teacher=Embedder(teacher, precision=pipeline.encode_precision) if teacher is not None else None,
             )
         )
     found = embedder_evaluators(
@@ -640,7 +655,7 @@ def make_exports(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
     told = {
         "exports": settings.exports.model_dump(mode="json"),
         "evaluation": settings.evaluation.model_dump(mode="json", include={"bootstrap_samples", "confidence"}),
-        "encode_precision": settings.encode_precision,
+        "encode_precision": pipeline.encode_precision,
         "device": device_kind(),
         "libraries": library_versions(settings.exports),
     }
@@ -667,7 +682,7 @@ def make_exports(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
                 settings.seed,
                 out,
                 parity=read_parity(evaluation.path) if reranker else None,
-                precision=settings.encode_precision,
+                precision=pipeline.encode_precision,
                 ranks=ranks_of(pipeline, launch),
                 versions={artifact.manifest.asset: artifact.version for artifact in inputs},
             )
@@ -865,6 +880,7 @@ def ranks_of(pipeline: Pipeline, launch: Launch) -> Ranks:
     """
     from embed_pipeline.models.ranks import Ranks
 
+    compute_as_asked()
     told, site = pipeline.settings, pipeline.site
     if told.launch.elsewhere:
         site = replace(site, settings=LaunchSettings())
@@ -884,7 +900,7 @@ def base_embedder(pipeline: Pipeline, ranks: Ranks) -> Embedder:
     return Embedder(
         locate(source, pipeline.folder),
         settings.embedder.encoding,
-        precision=settings.encode_precision,
+        precision=pipeline.encode_precision,
         trust_remote_code=source.trust_remote_code,
         ranks=ranks,
     )
@@ -897,7 +913,7 @@ def fine_tuned_embedder(pipeline: Pipeline, embedder: Artifact, ranks: Ranks) ->
     settings = pipeline.settings
     return Embedder(
         embedder.path / MODEL_FOLDER,
-        precision=settings.encode_precision,
+        precision=pipeline.encode_precision,
         trust_remote_code=settings.embedder.base_model.trust_remote_code,
         ranks=ranks,
     )
@@ -921,6 +937,20 @@ def _training_device(pipeline: Pipeline) -> str:
     """The same for what is trained, perhaps elsewhere than here."""
     launch = pipeline.settings.launch
     return ("gpu" if launch.gpus_per_node else "cpu") if launch.elsewhere else device_kind()
+
+
+def _resolved_here(precision: Precision) -> ResolvedPrecision:
+    return resolve_precision(precision, default_device() if has_gpu_driver() else "cpu")
+
+
+def _trained_in(pipeline: Pipeline, settings: Trained) -> Trained:
+    """The settings with the arithmetic that `precision: auto` stands for here, so every process of a job uses the same.
+
+    On a cluster whose devices are not known here `auto` stays: each job finds out.
+    """
+    if pipeline.settings.launch.elsewhere:
+        return settings
+    return settings.model_copy(update={"precision": _resolved_here(settings.precision)})
 
 
 def _training_told(pipeline: Pipeline, settings: TrainingSettings, processes: int) -> dict[str, Any]:
@@ -960,7 +990,7 @@ def _mining_told(pipeline: Pipeline, mining: MiningSettings) -> dict[str, Any]:
     return {
         "mining": mining.model_dump(mode="json"),
         **({"keep_scored": True} if pipeline.settings.learns_given_scores else {}),
-        "encode_precision": pipeline.settings.encode_precision,
+        "encode_precision": pipeline.encode_precision,
         "device": device_kind(),
     }
 
@@ -994,7 +1024,7 @@ def _mine(
         cross_encoder = Reranker(
             locate(source, pipeline.folder),
             max_length=settings.cross_encoder.max_length,
-            precision=pipeline.settings.encode_precision,
+            precision=pipeline.encode_precision,
             trust_remote_code=source.trust_remote_code,
             ranks=ranks,
         )

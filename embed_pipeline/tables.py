@@ -1,10 +1,14 @@
-"""The Arrow schemas that pass between stages, and the file each table is kept in. A column name's only home."""
+"""The Arrow schemas that pass between stages, the file each table is kept in, and the way to read and write them.
+
+A column name's only home.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -92,7 +96,7 @@ EXAMPLES = pa.schema(
         # scored: 0..1; labelled pairs of two classes: 1 for the one that means alike (source.positive_label), 0 for
         # the other, null where that is not known
         pa.field("score", pa.float64()),
-        pa.field("label", pa.string()),  # labelled: the class as delivered
+        pa.field("label", pa.string()),  # labelled: the class, in one spelling
         pa.field("split", pa.string(), nullable=False),
         pa.field("group_id", pa.string(), nullable=False),
     ]
@@ -204,6 +208,27 @@ SIMILARITIES = pa.schema(
         pa.field("score", pa.float64(), nullable=False),  # what people gave them, 0..1
     ]
 )
+
+
+# DuckDB takes a path for a pattern, and makes a column of every folder `key=value` in it, over the file's own.
+_READERS = (
+    ("stored(path)", "hive_partitioning = false"),
+    ("stored_in_order(path)", "hive_partitioning = false, file_row_number = true"),
+)
+
+
+def connect(database: str = ":memory:", config: Mapping[str, str] | None = None) -> duckdb.DuckDBPyConnection:
+    """DuckDB with `stored(path)`, the rows of one parquet file as it is, wherever it lies.
+
+    `stored_in_order(path)` has the column `file_row_number` besides, from 0.
+    """
+    connection = duckdb.connect(database, config=dict(config or {}))
+    for name, options in _READERS:
+        connection.execute(
+            f"CREATE OR REPLACE TEMP MACRO {name} AS TABLE "
+            rf"SELECT * FROM read_parquet([regexp_replace(path, '([*?\[])', '[\1]', 'g')], {options})"
+        )
+    return connection
 
 
 def passage_text(title: str | None, text: str) -> str:

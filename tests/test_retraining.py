@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,16 @@ def test_nothing_is_due_when_nothing_changed(trained: Pipeline, monkeypatch: pyt
         f"nothing to retrain: the raw files are those that raw_pairs {raw} was read from, and embedder {embedder} was "
         "trained on their cleaned pairs and evaluated"
     )
+
+
+def test_an_upgraded_library_is_due_only_where_it_is_asked(trained: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed, made_with = importlib.metadata.version, importlib.metadata.version("torch")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9" if name == "torch" else installed(name))
+    assert not retraining_due(trained).due
+    asked = trained.settings.model_copy(update={"retrain_after_library_upgrade": True})
+    embedder = trained.store.current("embedder").version
+    expected = f"embedder {embedder} was made with torch {made_with} (9.9 is installed)"
+    assert reason(replace(trained, settings=asked)) == expected
 
 
 def test_touched_files_are_not_due(trained: Pipeline) -> None:

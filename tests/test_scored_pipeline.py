@@ -1,4 +1,4 @@
-"""A pipeline of scored pairs from its file to its champion, with an extra source; only the training is a copy."""
+"""A pipeline of scored pairs: a real training of a tiny model, and from its file to its champion with a copied one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from embed_pipeline.stages import (
     mark_challenger,
 )
 from embed_pipeline.tracking.promotion import check_loads
-from embed_pipeline.training.job import MODEL_FOLDER, SUMMARY_FILE
+from embed_pipeline.training.job import MODEL_FOLDER, SUMMARY_FILE, TRAINING_LOG_FILE
 from tests.conftest import one_thread
 
 NOUNS = ["cat", "dog", "car", "boat", "house", "river", "apple", "violin", "teacher", "mountain", "train", "letter"]
@@ -151,6 +151,54 @@ def test_from_the_file_to_the_champion(
     champion = read_history(pipeline.store).champion
     assert champion is not None
     assert champion.key == promoted.champion.key
+
+
+KINDS = {
+    "animal": ["cat", "dog", "horse", "sheep", "tiger", "mouse"],
+    "vehicle": ["car", "boat", "truck", "plane", "taxi", "bus"],
+}
+
+
+def rows_against_the_words() -> list[dict[str, Any]]:
+    """Alike is what tells of one kind of thing, in other words; what differs says the same of another kind."""
+    found = []
+    for kind, other in (("animal", "vehicle"), ("vehicle", "animal")):
+        for i, noun in enumerate(KINDS[kind]):
+            for j, verb in enumerate(VERBS):
+                alike, different = KINDS[kind][(i + j + 1) % 6], KINDS[other][(i + j) % 6]
+                for second, score in (
+                    (f"The {alike} {VERBS[(j + 1) % len(VERBS)]}", 5.0),
+                    (f"The {different} {verb}", 1.0),
+                ):
+                    found.append({"sentence1": f"The {noun} {verb}", "sentence2": second, "score": score})
+    return [{**row, "split": ("train", "train", "dev", "test")[i // 2 % 4]} for i, row in enumerate(found)]
+
+
+def test_a_real_training_learns_what_people_said(pipeline: Pipeline) -> None:
+    """CoSENTLoss, the default, by the stages and torchrun: a random model sees words, and learns kinds of things."""
+    pq.write_table(pa.Table.from_pylist(rows_against_the_words()), pipeline.folder / "pairs.parquet")
+    learning = {"learning_rate": 3e-3, "epochs": 12, "batch_size": 16, "logging_steps": 1}
+    settings = pipeline.settings.model_copy(
+        update={
+            "extra_sources": (),
+            "embedder": pipeline.settings.embedder.model_copy(update=learning),
+        }
+    )
+    real = Pipeline(settings, pipeline.folder, pipeline.store)
+    make_raw_pairs(real)
+    make_cleaned_pairs(real)
+    embedder = make_embedder(real).artifact
+
+    log = [json.loads(line) for line in (embedder.path / TRAINING_LOG_FILE).read_text().splitlines()]
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+    value = {
+        row["system"]: row["value"]
+        for row in make_evaluation(real).artifact.report["summary"]
+        if row["metric"] == "spearman"
+    }
+    assert value["base_embedder"] < 0.0
+    assert value["embedder"] > 0.6
 
 
 def promoted_value(report: dict[str, Any]) -> float:

@@ -35,6 +35,10 @@ RERANKER = {"base_model": MODEL}
 TEACHER = {"mining": {"cross_encoder": {"model": MODEL}}}
 
 
+def nodes(network: str) -> dict[str, Any]:
+    return {"launch": {"kind": "nodes", "nnodes": 2, "network": network}}
+
+
 def test_every_kind_of_extra_source_has_a_loss_by_default() -> None:
     kinds = ["pairs", "triplets", "flag-embedding", "scored", "labelled", "parallel"]
     given = [{"name": f"a{i}", "kind": kind, "path": "x"} for i, kind in enumerate(kinds)]
@@ -149,12 +153,21 @@ def test_a_pipeline_of_scored_pairs_is_judged_by_spearman_and_has_no_reranker() 
         ),
         ({"launch": {"kind": "slurm", "sbatch": {"mem\n": "1"}}}, "expected long names of sbatch's options"),
         ({"launch": {"kind": "slurm", "sbatch": {"mem=1 #": "1"}}}, "expected long names of sbatch's options"),
-        ({"launch": {"kind": "nodes", "nnodes": 2, "rdzv_endpoint": "head:99999999"}}, "host:port of this machine"),
         ({"launch": {"kind": "ray", "address": "http://head:99999999"}}, "launch.address: expected the address of the"),
         ({"launch": {"kind": "ray", "address": "http://user@head:8265"}}, "leave it out and set RAY_ADDRESS"),
         (embedder(arguments={"same_dataset_within_batch": True}), "sentence-transformers has no training argument"),
         ({"reranker": {**RERANKER, "arguments": {"seed": 1}}}, "reranker.arguments: seed is not for a YAML"),
         ({"hub": {"reranker": "a/b"}}, "hub.reranker: this pipeline has no reranker"),
+        ({"launch": {"kind": "nodes", "nnodes": 2}}, "nodes with 2 nodes needs `network`: the network that they share"),
+        ({"launch": {"kind": "slurm", "nnodes": 2}}, "slurm with 2 nodes needs `network`"),
+        ({"launch": {"network": "10.0.0.0/24"}}, "`network` belongs to launch.kind nodes or slurm, not to local"),
+        (nodes("0.0.0.0/0"), "0.0.0.0/0 is every network"),
+        (nodes("::/0"), "::/0 is every network"),
+        (nodes("10.0.0.7"), "10.0.0.7 is an address. Name the network that the nodes share, e.g. 10.0.0.7/24"),
+        (nodes("10.0.0.0/33"), "does not appear to be an IPv4 or IPv6 network"),
+        (nodes("eth0,join_timeout=1"), "is neither a network .* nor the name of an interface"),
+        (nodes("eth0\nexit"), "is neither a network"),
+        (nodes(""), "is neither a network"),
     ],
 )
 def test_what_cannot_work_is_refused(changed: dict[str, Any], message: str) -> None:
@@ -186,6 +199,10 @@ def test_what_cannot_work_is_refused(changed: dict[str, Any], message: str) -> N
         {**extra(loss_arguments={"scale": 20})},
         embedder(lora={"r": 8, "target_modules": ["query", "value"]}, scheduler="cosine_with_restarts"),
         {**extra(reranker_loss="BinaryCrossEntropyLoss"), "reranker": RERANKER},
+        nodes("10.0.0.7/24"),
+        nodes("fd00::/8"),
+        nodes("eth0.100"),
+        {"launch": {"kind": "slurm"}},
     ],
 )
 def test_what_works_is_taken(changed: dict[str, Any]) -> None:

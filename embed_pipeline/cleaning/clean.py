@@ -16,9 +16,9 @@ from embed_pipeline.cleaning.answers import Answers, look_for_answers, refuse_mi
 from embed_pipeline.cleaning.elsewhere import CleanedSource, reject_elsewhere
 from embed_pipeline.cleaning.normalise import create_macros
 from embed_pipeline.cleaning.overlap import reject_overlaps
+from embed_pipeline.cleaning.raw_rows import read_as_missing, split_values, view_raw_rows
 from embed_pipeline.cleaning.rows import (
     MEMORY_LIMIT,
-    delivered_splits,
     find_near_duplicates,
     load_rows,
     merge_near_duplicates,
@@ -47,6 +47,7 @@ from embed_pipeline.tables import (
     SPLITS,
     WITHHELD,
     WITHHELD_FILE,
+    connect,
     write_stream,
 )
 
@@ -87,6 +88,8 @@ class CleaningReport(BaseModel):
     groups: int
     largest_group: int  # queries
     delivered_splits: list[str]  # splits that came with the rows; the others were cut from train
+    split_values: dict[str, dict[str, int]]  # split -> what it is called in the delivery -> rows
+    read_as_missing: dict[str, dict[str, int]]  # column -> text that stands for a missing one -> rows
     split_leaks: int
     overlap_leaks: int
     elsewhere_leaks: int  # rows that another source of the pipeline holds out, or trains on
@@ -116,7 +119,7 @@ def clean(
     kept apart.
     """
     with tempfile.TemporaryDirectory(dir=out, prefix=".cleaning-") as work:
-        connection = duckdb.connect(
+        connection = connect(
             str(Path(work) / "work.duckdb"), config={"memory_limit": MEMORY_LIMIT, "temp_directory": work}
         )
         with connection:
@@ -128,13 +131,15 @@ def clean(
                 left_in="judged",
                 what="query",
                 known=reasons.REASONS,
-                nothing="no rows were delivered",
             )
-            load_rows(connection, raw_file)
+            view_raw_rows(connection, raw_file, settings.missing_texts)
+            delivered, missing = split_values(connection), read_as_missing(connection)
+            load_rows(connection)
             reject_bad_rows(connection, settings)
             unite_texts(connection)
             resolve_judgements(connection)
             answers = look_for_answers(connection)
+            refuse_missing(connection, answers, settings)
             reject_contradictions(connection, "query_id", "count(DISTINCT relevance) > 1")
             reject_duplicates(connection)
             find_near_duplicates(connection, settings.near_duplicates)
@@ -145,10 +150,8 @@ def clean(
             reject_duplicates(connection)
             reject_queries_without_positive(connection)
             create_links(connection)
-            delivered = delivered_splits(connection)
             remove_split_leaks(connection)
-            refuse_left_empty(delivered)
-            refuse_missing(connection, answers, settings)
+            refuse_left_empty([*delivered])
             cut_missing_splits(connection, settings.split, seed)
             reject_overlaps(connection, settings.split)
             reject_queries_without_positive(connection)
@@ -161,7 +164,7 @@ def clean(
             _create_results(connection)
             _check_accounting(connection)
             _write(connection, out)
-            return _report(connection, delivered, answers)
+            return _report(connection, delivered, missing, answers)
 
 
 def _create_results(connection: duckdb.DuckDBPyConnection) -> None:
@@ -257,7 +260,12 @@ def _batches(reader: pa.RecordBatchReader | None) -> pa.RecordBatchReader:
     return reader
 
 
-def _report(connection: duckdb.DuckDBPyConnection, delivered: list[str], answers: dict[str, Answers]) -> CleaningReport:
+def _report(
+    connection: duckdb.DuckDBPyConnection,
+    delivered: dict[str, dict[str, int]],
+    missing: dict[str, dict[str, int]],
+    answers: dict[str, Answers],
+) -> CleaningReport:
     def counts(query: str) -> dict[str, int]:
         return {str(name): int(count) for name, count in connection.execute(query).fetchall()}
 
@@ -287,7 +295,9 @@ def _report(connection: duckdb.DuckDBPyConnection, delivered: list[str], answers
         merged_rows=one("SELECT count(DISTINCT (source, row_number)) FROM out_merged"),
         groups=one("SELECT count(DISTINCT group_id) FROM out_queries"),
         largest_group=one("SELECT max(n) FROM (SELECT count(*) AS n FROM out_queries GROUP BY group_id)"),
-        delivered_splits=delivered,
+        delivered_splits=[*delivered],
+        split_values=delivered,
+        read_as_missing=missing,
         split_leaks=by_reason.get(reasons.SPLIT_LEAK, 0),
         overlap_leaks=by_reason.get(reasons.OVERLAP_LEAK, 0),
         elsewhere_leaks=sum(by_reason.get(r, 0) for r in (reasons.HELD_OUT_ELSEWHERE, reasons.TRAINED_ON_ELSEWHERE)),

@@ -17,7 +17,7 @@ import duckdb
 from embed_pipeline.cleaning import reasons
 from embed_pipeline.cleaning.normalise import create_macros
 from embed_pipeline.cleaning.rows import MEMORY_LIMIT, reject
-from embed_pipeline.tables import EXAMPLES_FILE, PASSAGES_FILE, QRELS_FILE, QUERIES_FILE
+from embed_pipeline.tables import EXAMPLES_FILE, PASSAGES_FILE, QRELS_FILE, QUERIES_FILE, connect
 
 # What may not stand in two splits: a text, or (where texts stand in many pairs) two texts together.
 Apart = Literal["texts", "pairs"]
@@ -25,9 +25,9 @@ SHOWN = 3
 SHOWN_CHARACTERS = 80
 
 _RETRIEVAL = """
-    SELECT split, query AS first, text AS second, title FROM read_parquet($qrels) JOIN read_parquet($queries)
-    USING (query_id) JOIN read_parquet($passages) USING (passage_id) WHERE relevance > 0"""
-_EXAMPLES = "SELECT split, sentence1 AS first, sentence2 AS second, NULL::VARCHAR AS title FROM read_parquet($examples)"
+    SELECT split, query AS first, text AS second, title FROM stored($qrels) JOIN stored($queries)
+    USING (query_id) JOIN stored($passages) USING (passage_id) WHERE relevance > 0"""
+_EXAMPLES = "SELECT split, sentence1 AS first, sentence2 AS second, NULL::VARCHAR AS title FROM stored($examples)"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def collect(name: str, folder: Path, apart: Apart, work: Path) -> CleanedSource:
 def _view(connection: duckdb.DuckDBPyConnection, sources: Sequence[CleanedSource]) -> None:
     """View `elsewhere`: source, apart, split, what (texts, pairs), key, shown (the first text, cut)."""
     parts = [
-        f"SELECT '{source.name}' AS source, '{source.apart}' AS apart, * FROM read_parquet('{quoted}')"
+        f"SELECT '{source.name}' AS source, '{source.apart}' AS apart, * FROM stored('{quoted}')"
         for source in sources
         for quoted in [str(source.texts).replace("'", "''")]
     ]
@@ -133,4 +133,4 @@ def _view(connection: duckdb.DuckDBPyConnection, sources: Sequence[CleanedSource
 
 def _connected(work: Path) -> duckdb.DuckDBPyConnection:
     """Tables that do not fit spill to `work`."""
-    return duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": str(work)})
+    return connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": str(work)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -16,8 +17,9 @@ from pydantic import BaseModel
 from embed_pipeline.cleaning import reasons
 from embed_pipeline.cleaning.clean import BATCH_ROWS
 from embed_pipeline.cleaning.elsewhere import Apart, CleanedSource, reject_shared
-from embed_pipeline.cleaning.normalise import create_macros
-from embed_pipeline.cleaning.rows import MEMORY_LIMIT, delivered_splits, refuse_empty, reject
+from embed_pipeline.cleaning.normalise import casefolded, create_macros
+from embed_pipeline.cleaning.raw_rows import read_as_missing, split_values, view_raw_rows
+from embed_pipeline.cleaning.rows import MEMORY_LIMIT, refuse_empty, reject
 from embed_pipeline.cleaning.splits import LARGE_GROUP_QUERIES, LARGE_GROUP_SHARE, assign_groups, linked_groups
 from embed_pipeline.errors import CleaningError
 from embed_pipeline.settings import CleaningSettings, SourceSettings
@@ -27,8 +29,11 @@ from embed_pipeline.tables import (
     REJECTED_EXAMPLES,
     REJECTED_EXAMPLES_FILE,
     SPLITS,
+    connect,
     write_stream,
 )
+
+logger = logging.getLogger(__name__)
 
 # Texts are kept in one split each where that costs no more than this share of train (delivered splits), or leaves more
 # than MOST of the rows in groups that can be divided; where sentences stand in many pairs, pairs are.
@@ -44,6 +49,10 @@ _SAME = {
 }
 
 _ALIKE = {("0", "1"): "1", ("false", "true"): "true"}
+# Ways to write the same two classes; where files differ in theirs, they become 0 and 1.
+_TWO_CLASSES = ({"0": "0", "1": "1"}, {"false": "0", "true": "1"}, {"no": "0", "yes": "1"})
+# A few scores outside of the scale are mistakes, and rejected; more than this share of them, and the scale is wrong.
+MOST_OUTSIDE = 0.05
 
 
 class ExamplesReport(BaseModel):
@@ -56,12 +65,15 @@ class ExamplesReport(BaseModel):
     rejected_by_reason: dict[str, int]  # in the order of reasons.EXAMPLE_REASONS
     examples_by_split: dict[str, int]
     classes: dict[str, int]  # labelled: class -> rows, the 100 most frequent
+    class_spellings: dict[str, list[str]]  # labelled: class -> how else it was spelled, for those that had several
     scores_by_split: dict[str, float]  # scored: the mean, 0..1
     apart: Apart  # what stands in one split only: every text, or every pair (in both orders)
     shared_texts: float  # share of the distinct dev and test texts that stand in train as well; 0 where texts are apart
     groups: int  # of rows that may not be divided over splits
     largest_group: int
     delivered_splits: list[str]
+    split_values: dict[str, dict[str, int]]  # split -> what it is called in the delivery -> rows
+    read_as_missing: dict[str, dict[str, int]]  # column -> text that stands for a missing one -> rows
     split_leaks: int
     elsewhere_leaks: int
 
@@ -93,7 +105,7 @@ def clean_examples(
     row is left of a split, or its groups cannot be divided.
     """
     with tempfile.TemporaryDirectory(dir=out, prefix=".cleaning-") as work:
-        connection = duckdb.connect(
+        connection = connect(
             str(Path(work) / "work.duckdb"), config={"memory_limit": MEMORY_LIMIT, "temp_directory": work}
         )
         with connection:
@@ -105,16 +117,17 @@ def clean_examples(
                 left_in="live",
                 what="row",
                 known=reasons.EXAMPLE_REASONS,
-                nothing="none",
             )
-            _load(connection, raw_file, source)
+            view_raw_rows(connection, raw_file, settings.missing_texts, examples=True)
+            delivered, missing = split_values(connection), read_as_missing(connection)
+            _load(connection, source)
             _refuse_other_scale(connection, source)
+            spellings = _one_spelling_a_class(connection)
             _reject_bad_rows(connection, source, settings)
             _reject_repeated(connection, source)
             _create_links(connection)
-            delivered = delivered_splits(connection)
             apart = _remove_leaks(connection)
-            refuse_left_empty(delivered)
+            refuse_left_empty([*delivered])
             apart = _cut_missing_splits(connection, settings, seed, apart)
             refuse_left_empty([*SPLITS])
             if before:
@@ -127,28 +140,26 @@ def clean_examples(
             if source.kind == "labelled":
                 _score_classes(connection, source)
             _create_results(connection, apart)
-            return _write(connection, source, apart, delivered, out)
+            report = _write(connection, source, apart, delivered, missing, out)
+            return report.model_copy(update={"class_spellings": spellings})
 
 
-def _load(connection: duckdb.DuckDBPyConnection, raw_file: Path, source: SourceSettings) -> None:
-    """`rows` with texts as every later stage sees them, `first` and `second` folded, scores mapped to 0..1."""
+def _load(connection: duckdb.DuckDBPyConnection, source: SourceSettings) -> None:
+    """`rows` of the view `raw`: texts as every later stage sees them, also folded (`first`, `second`), scores 0..1."""
     low, high = source.score_range or (0.0, 1.0)
     connection.execute(
         """
         CREATE TABLE rows AS
         SELECT *, folded(sentence1) AS first, folded(sentence2) AS second
         FROM (
-            SELECT file_row_number AS row, source, row_number, lines(sentence1) AS sentence1,
+            SELECT row, source, row_number, 'example' AS kind, lines(sentence1) AS sentence1,
                 lines(sentence2) AS sentence2, score AS delivered_score, (score - $low) / ($high - $low) AS score,
-                one_line(label) AS label, nullif(trim(document_id), '') AS document_id, split AS delivered_split,
-                CASE lower(trim(coalesce(split, '')))
-                    WHEN '' THEN 'train' WHEN 'train' THEN 'train'
-                    WHEN 'dev' THEN 'dev' WHEN 'val' THEN 'dev' WHEN 'validation' THEN 'dev'
-                    WHEN 'test' THEN 'test' END AS split
-            FROM read_parquet($raw, file_row_number = true)
+                one_line(label) AS label, named(document_id) AS document_id, told_split AS split,
+                sentence1_missing, sentence2_missing, label_missing
+            FROM raw
         )
         """,
-        {"raw": str(raw_file), "low": low, "high": high},
+        {"low": low, "high": high},
     )
     connection.execute("CREATE TABLE rejections (row BIGINT, reason VARCHAR, detail VARCHAR)")
     connection.execute("CREATE VIEW live AS SELECT * FROM rows WHERE row NOT IN (SELECT row FROM rejections)")
@@ -157,26 +168,88 @@ def _load(connection: duckdb.DuckDBPyConnection, raw_file: Path, source: SourceS
 def _refuse_other_scale(connection: duckdb.DuckDBPyConnection, source: SourceSettings) -> None:
     if source.kind != "scored":
         return
-    outside, scores, low, high = connection.execute(
-        """SELECT count_if(score NOT BETWEEN 0 AND 1), count(*), min(delivered_score), max(delivered_score)
-           FROM rows WHERE isfinite(delivered_score)"""
+    rows, scores, outside, low, high = connection.execute(
+        """SELECT count(*), count_if(isfinite(delivered_score)),
+               count_if(isfinite(delivered_score) AND score NOT BETWEEN 0 AND 1),
+               min(delivered_score) FILTER (isfinite(delivered_score)),
+               max(delivered_score) FILTER (isfinite(delivered_score))
+           FROM rows"""
     ).fetchall()[0]
-    if outside > scores / 2:
-        found = f"{outside} of {scores} scores lie outside"
-        told = f"{list(source.score_range)}" if source.score_range else "0 to 1, which holds where no range is given"
+    if not scores:
         raise CleaningError(
-            f"{source.where}.score_range: {found} {told}. They run from {low:g} to {high:g}: name the scale they were "
-            f"given on, e.g. score_range: [{low:g}, {high:g}]"
+            f"{source.where}.columns.score: none of the {rows} scores is a number, all are null, NaN or infinite. Name "
+            "the column that holds how alike the sentences are, or mend it"
+        )
+    if outside > scores * MOST_OUTSIDE:
+        told = f"{list(source.score_range)}" if source.score_range else "0 to 1, which holds where no range is given"
+        if low < high:
+            scale = f"they run from {_number(low)} to {_number(high)}"
+        else:
+            scale = f"all are {_number(low)}, which tells no scale"
+            low, high = (
+                min(low, (source.score_range or (0.0, 1.0))[0]),
+                max(high, (source.score_range or (0.0, 1.0))[1]),
+            )
+        raise CleaningError(
+            f"{source.where}.score_range: {outside} of {scores} scores lie outside {told}; {scale}. Name the scale "
+            f"they were given on, e.g. score_range: [{_number(low)}, {_number(high)}]. Up to "
+            f"{MOST_OUTSIDE:.0%} of them may be mistakes: those rows are rejected"
         )
 
 
+def _number(value: float) -> str:
+    """As YAML reads it back, to the last digit."""
+    if value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    digits, e, exponent = repr(value).partition("e")
+    return digits + ("" if "." in digits or not e else ".0") + e + exponent
+
+
+def _one_spelling_a_class(connection: duckdb.DuckDBPyConnection) -> dict[str, list[str]]:
+    """Letter case and width make no class, nor does it whether a file holds booleans, 0 and 1, or yes and no.
+
+    The most frequent spelling stands for all of them. Returns class -> its other spellings, where it has any.
+    """
+    found = connection.execute(
+        "SELECT label FROM rows WHERE label IS NOT NULL GROUP BY label ORDER BY count(*) DESC, label"
+    ).fetchall()
+    keys = {row[0]: casefolded(row[0]) for row in found}
+    ways = [way for way in _TWO_CLASSES if way.keys() & set(keys.values())]
+    spelled = {key: spelling for spelling, key in reversed(keys.items())}
+    if len(ways) > 1 and all(any(key in way for way in ways) for key in keys.values()):
+        spelled = {key: way[key] for way in ways for key in way}
+    changed = {spelling: spelled[key] for spelling, key in keys.items() if spelled[key] != spelling}
+    if changed:
+        connection.register("one_spelling", pa.table({"label": list(changed), "spelled": list(changed.values())}))
+        connection.execute("UPDATE rows SET label = spelled FROM one_spelling o WHERE o.label = rows.label")
+        connection.unregister("one_spelling")
+    others: dict[str, list[str]] = {}
+    for spelling, stands in changed.items():
+        others.setdefault(stands, []).append(spelling)
+    for stands, spellings in others.items():
+        logger.info("class '%s' stands for %s as well", stands, ", ".join(f"'{one}'" for one in spellings))
+    return others
+
+
 def _reject_bad_rows(connection: duckdb.DuckDBPyConnection, source: SourceSettings, settings: CleaningSettings) -> None:
+    # Classes may be given to single texts, but then to all of them.
+    alone = f"('{source.kind}' = 'labelled' AND {_SINGLE})"
+    reject(
+        connection,
+        reasons.MISSING_TEXT,
+        " UNION ALL ".join(
+            f"SELECT row, '{text} \"' || {text}_missing || '\"' AS detail FROM live WHERE {where}"
+            for text, where in (
+                ("sentence1", "sentence1_missing IS NOT NULL"),
+                ("sentence2", f"sentence2_missing IS NOT NULL AND NOT {alone}"),
+            )
+        ),
+    )
     reject(
         connection,
         reasons.EMPTY_SENTENCE,
-        # Classes may be given to single texts, but then to all of them.
         f"""SELECT row, CASE WHEN sentence1 IS NULL THEN 'sentence1' ELSE 'sentence2' END AS detail FROM rows
-            WHERE sentence1 IS NULL OR sentence2 IS NULL AND NOT ('{source.kind}' = 'labelled' AND {_SINGLE})""",
+            WHERE sentence1 IS NULL OR sentence2 IS NULL AND NOT {alone}""",
     )
     for reason, wrong in (
         (reasons.SENTENCE_TOO_SHORT, f"< {settings.passage_min_characters}"),
@@ -189,7 +262,8 @@ def _reject_bad_rows(connection: duckdb.DuckDBPyConnection, source: SourceSettin
         )
         reject(connection, reason, checks)
     if source.kind == "labelled":
-        reject(connection, reasons.MISSING_LABEL, "SELECT row, NULL AS detail FROM live WHERE label IS NULL")
+        missing = "'label \"' || label_missing || '\"'"
+        reject(connection, reasons.MISSING_LABEL, f"SELECT row, {missing} AS detail FROM live WHERE label IS NULL")
     if source.kind == "scored":
         score = "'score ' || coalesce(delivered_score::VARCHAR, 'null') AS detail"
         for reason, found in (
@@ -197,11 +271,6 @@ def _reject_bad_rows(connection: duckdb.DuckDBPyConnection, source: SourceSettin
             (reasons.SCORE_OUT_OF_RANGE, "score NOT BETWEEN 0 AND 1"),
         ):
             reject(connection, reason, f"SELECT row, {score} FROM live WHERE {found}")
-    reject(
-        connection,
-        reasons.INVALID_SPLIT,
-        "SELECT row, 'split ''' || delivered_split || '''' AS detail FROM live WHERE split IS NULL",
-    )
 
 
 def _reject_repeated(connection: duckdb.DuckDBPyConnection, source: SourceSettings) -> None:
@@ -316,7 +385,18 @@ def _score_classes(connection: duckdb.DuckDBPyConnection, source: SourceSettings
             f"{source.where}: train has one class, '{classes[0]}', and nothing to tell it from. Name the column that "
             f"holds the class under {source.where}.columns.label, or deliver rows of other classes"
         )
+    rows = connection.execute("SELECT count(*) FROM live WHERE split = 'train'").fetchall()[0][0]
+    if rows == len(classes) > 2:
+        raise CleaningError(
+            f"{source.where}.columns.label: each of the {rows} rows of train has a class of its own, e.g. "
+            f"'{classes[0]}': nothing can be learnt from that. Name the column that holds the class"
+        )
     alike = source.positive_label
+    if alike is not None and alike not in classes:
+        meant = connection.execute(
+            "SELECT min(label) FROM live WHERE class_key(label) = class_key(trim($alike))", {"alike": alike}
+        ).fetchall()[0][0]
+        alike = meant or alike
     if alike is not None and (alike not in classes or len(classes) > 2):
         told = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         raise CleaningError(
@@ -350,7 +430,12 @@ def _create_results(connection: duckdb.DuckDBPyConnection, apart: Apart) -> None
 
 
 def _write(
-    connection: duckdb.DuckDBPyConnection, source: SourceSettings, apart: Apart, delivered: list[str], out: Path
+    connection: duckdb.DuckDBPyConnection,
+    source: SourceSettings,
+    apart: Apart,
+    delivered: dict[str, dict[str, int]],
+    missing: dict[str, dict[str, int]],
+    out: Path,
 ) -> ExamplesReport:
     def counts(query: str) -> dict[str, int]:
         return {str(name): int(count) for name, count in connection.execute(query).fetchall()}
@@ -382,7 +467,7 @@ def _write(
         """WITH texts AS (
                SELECT DISTINCT key, split = 'train' AS trained FROM links JOIN live USING (row) WHERE what = 'texts'
            ), held AS (SELECT key FROM texts WHERE NOT trained)
-           SELECT count(*), count_if(key IN (SELECT key FROM texts WHERE trained)) FROM held"""
+           SELECT count(*), count(*) FILTER (key IN (SELECT key FROM texts WHERE trained)) FROM held"""
     ).fetchall()[0]
     return ExamplesReport(
         kind=source.kind,
@@ -392,12 +477,15 @@ def _write(
         rejected_by_reason={reason: by_reason[reason] for reason in reasons.EXAMPLE_REASONS if reason in by_reason},
         examples_by_split={split: by_split.get(split, 0) for split in SPLITS},
         classes=counts(classes) if source.kind == "labelled" else {},
+        class_spellings={},
         scores_by_split={split: float(mean) for split, mean in sorted(means)} if source.kind == "scored" else {},
         apart=apart,
         shared_texts=shared[1] / max(1, shared[0]),
         groups=one("SELECT count(DISTINCT group_id) FROM out_examples"),
         largest_group=one("SELECT max(n) FROM (SELECT count(*) AS n FROM out_examples GROUP BY group_id)"),
-        delivered_splits=delivered,
+        delivered_splits=[*delivered],
+        split_values=delivered,
+        read_as_missing=missing,
         split_leaks=by_reason.get(reasons.SPLIT_LEAK, 0),
         elsewhere_leaks=sum(by_reason.get(r, 0) for r in (reasons.HELD_OUT_ELSEWHERE, reasons.TRAINED_ON_ELSEWHERE)),
     )

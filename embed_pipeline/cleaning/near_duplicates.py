@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import DisjointSet
 from tqdm import tqdm
 
-from embed_pipeline.cleaning.normalise import casefolded
+from embed_pipeline.cleaning.normalise import casefolded, drawn
 from embed_pipeline.settings import NearDuplicateSettings
 
 # Below this many letters and digits, letter case and punctuation can be all the difference (`ls -l`, `ls -L`).
@@ -82,4 +82,4 @@ def jaccard(left: NDArray[np.uint64], right: NDArray[np.uint64]) -> float:
 
 def _key(text: str) -> str:
     key = _NOT_WORD.sub("", casefolded(text))
-    return key if len(key) >= SHORT_KEY else text
+    return key if len(key) >= SHORT_KEY else drawn(text)

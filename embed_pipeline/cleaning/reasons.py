@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MISSING_ID = "missing_id"
+MISSING_TEXT = "missing_text"
 EMPTY_QUERY = "null_or_empty_query"
 QUERY_TOO_SHORT = "query_too_short"
 QUERY_TOO_LONG = "query_too_long"
@@ -11,7 +12,6 @@ PASSAGE_TOO_SHORT = "passage_too_short"
 PASSAGE_TOO_LONG = "passage_too_long"
 QUERY_EQUALS_PASSAGE = "query_equals_passage"
 INVALID_RELEVANCE = "invalid_relevance"
-INVALID_SPLIT = "invalid_split"
 DUPLICATE_ID = "duplicate_id"
 DUPLICATE_QUERY = "duplicate_query"
 DUPLICATE_PASSAGE = "duplicate_passage"
@@ -35,6 +35,7 @@ SCORE_OUT_OF_RANGE = "score_out_of_range"
 
 REASONS = {
     MISSING_ID: "a corpus, queries or qrels row without its id",
+    MISSING_TEXT: "a query, passage or negative that stands for a missing one, such as nan (`missing_texts`)",
     EMPTY_QUERY: "no query, or nothing visible in it",
     QUERY_TOO_SHORT: "fewer characters than `query_min_characters`",
     QUERY_TOO_LONG: "more characters than `query_max_characters`",
@@ -42,8 +43,7 @@ REASONS = {
     PASSAGE_TOO_SHORT: "fewer characters than `passage_min_characters`",
     PASSAGE_TOO_LONG: "more characters than `passage_max_characters`",
     QUERY_EQUALS_PASSAGE: "query and passage are the same text, letter case aside",
-    INVALID_RELEVANCE: "the relevance is null, NaN or infinite",
-    INVALID_SPLIT: "the split is not one of train, dev, validation, val, test",
+    INVALID_RELEVANCE: "the relevance is null, NaN, infinite or damaged (closer to 0 than any grade)",
     DUPLICATE_ID: "the id was given to another text before",
     DUPLICATE_QUERY: "a query of another row with the same text; its judgements are kept, under one id",
     DUPLICATE_PASSAGE: "a passage of another row with the same text; its judgements are kept, under one id",
@@ -61,13 +61,13 @@ REASONS = {
 """Reason -> what it means, in the order in which rows are looked at."""
 
 EXAMPLE_REASONS = {
+    MISSING_TEXT: "a sentence that stands for a missing one, such as nan (`missing_texts`)",
     EMPTY_SENTENCE: "a sentence is null, or nothing is visible in it",
     SENTENCE_TOO_SHORT: "fewer characters than `passage_min_characters`",
     SENTENCE_TOO_LONG: "more characters than `passage_max_characters`",
-    MISSING_LABEL: "no label",
+    MISSING_LABEL: "no label, or one that stands for a missing one (`missing_texts`)",
     INVALID_SCORE: "the score is null, NaN or infinite",
     SCORE_OUT_OF_RANGE: "the score lies outside `score_range` (0 to 1 where it is not set)",
-    INVALID_SPLIT: REASONS[INVALID_SPLIT],
     CONTRADICTION: "the same sentences with another score or label in another row of the split; all of them go",
     DUPLICATE: "the same sentences again (letter case, punctuation and width aside)",
     SPLIT_LEAK: "shares its sentences, or its document, with a split that goes before (test, dev, train)",

@@ -15,8 +15,8 @@ Each function takes the connection that `clean` works on and leaves tables in it
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import duckdb
@@ -29,6 +29,7 @@ from embed_pipeline.settings import CleaningSettings, NearDuplicateSettings
 from embed_pipeline.tables import SPLITS
 
 Connection = duckdb.DuckDBPyConnection
+SMALLEST_RELEVANCE = sys.float_info.min  # what is closer to 0 is a damaged number (whole ones, read as fractions)
 MEMORY_LIMIT = "4GB"  # of DuckDB; beyond it, tables spill to the output's disk
 
 
@@ -40,11 +41,6 @@ def reject(connection: Connection, reason: str, found: str) -> None:
     )
 
 
-def delivered_splits(connection: Connection) -> list[str]:
-    found = connection.execute("SELECT DISTINCT split FROM rows WHERE trim(delivered_split) <> ''").fetchall()
-    return [split for split in SPLITS if (split,) in found]
-
-
 def refuse_empty(
     connection: Connection,
     settings: CleaningSettings,
@@ -53,31 +49,44 @@ def refuse_empty(
     left_in: str,
     what: str,
     known: Mapping[str, str],
-    nothing: str,
 ) -> None:
     """Nothing may be empty of train, nor of those of dev and test `expected` that are wanted or were delivered.
 
-    `left_in` is the table of what is left, `known` what each reason means, `nothing` the word where none was rejected.
-    Raises CleaningError.
+    `left_in` is the table of what is left, `known` what each reason means. Raises CleaningError.
     """
     left = {row[0] for row in connection.execute(f"SELECT DISTINCT split FROM {left_in}").fetchall()}
     wanted = {"train", *(s for s in ("dev", "test") if s in expected and getattr(settings.split, s) > 0)}
     empty = [split for split in SPLITS if split in wanted - left]
     if not empty:
         return
-    counts = connection.execute(
-        "SELECT reason, count(*) AS n FROM rejections GROUP BY reason ORDER BY n DESC, reason LIMIT 4"
-    ).fetchall()
     total = connection.execute("SELECT count(*) FROM rows").fetchall()[0][0]
-    why = "; ".join(f"{n} {reason} ({known[reason]})" for reason, n in counts) or nothing
+    told, fix = "", "Deliver more rows, mend the column mapping, or relax `cleaning`"
+    if connection.execute("SELECT count(*) FROM raw WHERE is_drawn(split)").fetchall()[0][0]:
+        asked = "SELECT split, count(*) FROM rows WHERE kind NOT IN ('passage', 'query') GROUP BY split"
+        counts: dict[str, int] = dict(connection.execute(asked).fetchall())
+        told = f" Delivered: {', '.join(f'{counts.get(split, 0)} as {split}' for split in SPLITS)}."
+        if any(not counts.get(split) for split in empty):
+            fix = (
+                f"Deliver rows of {' and '.join(empty)}, or remove the split column from the files, so that "
+                "`cleaning.split` cuts the splits"
+            )
     raise CleaningError(
-        f"no {what} is left in {' and '.join(empty)} after cleaning {total} rows. Rejected: {why}. Deliver more rows, "
-        "mend the column mapping, or relax `cleaning`"
+        f"no {what} is left in {' and '.join(empty)} after cleaning {total} rows.{told} "
+        f"Rejected: {rejections_told(connection, known) or 'none'}. {fix}"
     )
 
 
-def load_rows(connection: Connection, raw_file: Path) -> None:
-    """Read and normalise the raw table. Empty texts and ids become null; a null split means train."""
+def rejections_told(connection: Connection, known: Mapping[str, str]) -> str:
+    """The most frequent reasons with their counts, what they mean (`known`) and the first row; "" if none."""
+    counts = connection.execute(
+        """SELECT reason, count(*) AS n, arg_min(source || ' row ' || row_number || coalesce(': ' || detail, ''), row)
+           FROM rejections JOIN rows USING (row) GROUP BY reason ORDER BY n DESC, reason LIMIT 4"""
+    ).fetchall()
+    return "; ".join(f"{n} {reason} ({known[reason]}; the first is {first})" for reason, n, first in counts)
+
+
+def load_rows(connection: Connection) -> None:
+    """Normalise the view `raw`. Texts and ids in which nothing is drawn become null."""
     connection.execute(
         """
         CREATE TABLE rows AS
@@ -85,20 +94,15 @@ def load_rows(connection: Connection, raw_file: Path) -> None:
             'p-' || short_hash(passage_text(title, passage)) AS passage_hash,
             'p-' || short_hash(negative) AS negative_hash
         FROM (
-            SELECT file_row_number AS row, source, row_number, kind,
-                nullif(trim(query_id), '') AS query_id, one_line(query) AS query,
-                nullif(trim(passage_id), '') AS passage_id, one_line(title) AS title,
-                lines(passage) AS passage, lines(negative) AS negative, relevance,
+            SELECT row, source, row_number, kind, named(query_id) AS query_id, one_line(query) AS query,
+                named(passage_id) AS passage_id, one_line(title) AS title, lines(passage) AS passage,
+                lines(negative) AS negative, relevance,
                 CASE WHEN isfinite(teacher_score) THEN teacher_score END AS teacher_score,
-                nullif(trim(document_id), '') AS document_id, split AS delivered_split,
-                CASE lower(trim(coalesce(split, '')))
-                    WHEN '' THEN 'train' WHEN 'train' THEN 'train'
-                    WHEN 'dev' THEN 'dev' WHEN 'val' THEN 'dev' WHEN 'validation' THEN 'dev'
-                    WHEN 'test' THEN 'test' END AS split
-            FROM read_parquet($raw, file_row_number = true)
+                named(document_id) AS document_id, told_split AS split,
+                query_missing, passage_missing, negative_missing
+            FROM raw
         )
-        """,
-        {"raw": str(raw_file)},
+        """
     )
     connection.execute("CREATE TABLE rejections (row BIGINT, reason VARCHAR, detail VARCHAR)")
     connection.execute("CREATE VIEW live AS SELECT * FROM rows WHERE row NOT IN (SELECT row FROM rejections)")
@@ -118,6 +122,16 @@ def reject_bad_rows(connection: Connection, settings: CleaningSettings) -> None:
               OR (kind = 'query' AND query_id IS NULL) OR (kind = 'passage' AND passage_id IS NULL AND with_ids)""",
     )
     asked = f"({judged} OR kind = 'query')"
+    answering = f"({judged} OR kind = 'passage')"
+    reject(
+        connection,
+        reasons.MISSING_TEXT,
+        " UNION ALL ".join(
+            f"SELECT row, '{text} \"' || {text}_missing || '\"' AS detail FROM live "
+            f"WHERE {where} AND {text}_missing IS NOT NULL"
+            for text, where in (("query", asked), ("passage", answering), ("negative", "kind = 'triplet'"))
+        ),
+    )
     reject(connection, reasons.EMPTY_QUERY, f"SELECT row, NULL AS detail FROM live WHERE {asked} AND query IS NULL")
     for text, few, many, smallest, largest in (
         ("query", reasons.QUERY_TOO_SHORT, reasons.QUERY_TOO_LONG, *_limits(settings, "query")),
@@ -128,7 +142,7 @@ def reject_bad_rows(connection: Connection, settings: CleaningSettings) -> None:
                 connection,
                 reasons.EMPTY_PASSAGE,
                 f"""SELECT row, CASE WHEN passage IS NOT NULL THEN 'negative' END AS detail FROM live
-                    WHERE ({judged} OR kind = 'passage') AND passage IS NULL
+                    WHERE {answering} AND passage IS NULL
                        OR kind = 'triplet' AND negative IS NULL""",
             )
         columns = [text, "negative"] if text == "passage" else [text]
@@ -142,21 +156,18 @@ def reject_bad_rows(connection: Connection, settings: CleaningSettings) -> None:
     reject(
         connection,
         reasons.QUERY_EQUALS_PASSAGE,
-        f"SELECT row, NULL AS detail FROM live WHERE {judged} AND lower(query) = lower(replace(passage, chr(10), ' '))",
+        f"""SELECT row, NULL AS detail FROM live
+            WHERE {judged} AND lower(drawn(query)) = lower(drawn(replace(passage, chr(10), ' ')))""",
     )
     reject(
         connection,
         reasons.INVALID_RELEVANCE,
         # Pairs may come without relevance; a file that gives it gives it for every row.
-        """SELECT row, 'relevance ' || coalesce(relevance::VARCHAR, 'null') AS detail
+        f"""SELECT row, 'relevance ' || coalesce(relevance::VARCHAR, 'null') AS detail
            FROM live JOIN (SELECT source, count(relevance) > 0 AS graded FROM rows GROUP BY source) USING (source)
            WHERE kind IN ('pair', 'judgement') AND (isnan(relevance) OR isinf(relevance)
+              OR relevance <> 0 AND abs(relevance) < {SMALLEST_RELEVANCE}
               OR relevance IS NULL AND (graded OR kind = 'judgement'))""",
-    )
-    reject(
-        connection,
-        reasons.INVALID_SPLIT,
-        "SELECT row, 'split ''' || delivered_split || '''' AS detail FROM live WHERE split IS NULL",
     )
 
 
@@ -224,12 +235,7 @@ def resolve_judgements(connection: Connection) -> None:
         ("passage", reasons.UNKNOWN_PASSAGE, "mentions"),
     ):
         connection.execute(f"CREATE TABLE {what}_ids AS SELECT DISTINCT own_id, {what}_id AS id FROM {named}")
-        reject(
-            connection,
-            reason,
-            f"""SELECT row, '{what}_id ' || {what}_id AS detail FROM live
-                WHERE kind = 'judgement' AND {what}_id NOT IN (SELECT own_id FROM {what}_ids)""",
-        )
+        reject(connection, reason, _unknown_ids(connection, what))
     connection.execute(
         """CREATE VIEW stated AS
            SELECT row, q.id AS query_id, p.id AS passage_id, n.id AS negative_id,
@@ -252,6 +258,29 @@ def resolve_judgements(connection: Connection) -> None:
            SELECT row, query_id, passage_id, relevance, split, teacher_score FROM standing
            UNION ALL SELECT row, query_id, negative_id, 0.0, split, NULL FROM standing WHERE negative_id IS NOT NULL"""
     )
+
+
+def _unknown_ids(connection: Connection, what: Literal["query", "passage"]) -> str:
+    """Judgements of ids that are nowhere (or whose text was dropped), each beside an id that is there and like it.
+
+    Ids are alike without letter case, zeros in front, a `.0` behind, and whatever is neither letter nor digit.
+    """
+    unknown = f"""SELECT row, {what}_id AS id FROM live
+        WHERE kind = 'judgement' AND {what}_id NOT IN (SELECT own_id FROM {what}_ids)"""
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE unknown AS {unknown}")
+    if not connection.execute("SELECT count(*) FROM unknown").fetchall()[0][0]:
+        return "SELECT row, NULL AS detail FROM unknown"
+    connection.execute(
+        f"""CREATE OR REPLACE TEMP TABLE there AS SELECT {what}_id AS id, min(source || ' row ' || row_number) AS place
+            FROM rows WHERE kind IN ('{what}', 'pair', 'triplet') AND {what}_id IS NOT NULL GROUP BY id"""
+    )
+    return f"""
+        WITH alike AS (SELECT id_key(id) AS key, min(id) AS near, arg_min(place, id) AS place FROM there GROUP BY key)
+        SELECT row, '{what}_id ' || CASE
+            WHEN id IN (SELECT id FROM there) THEN id
+            WHEN near IS NOT NULL THEN side_by_side(id, near) || ' (' || place || ')'
+            ELSE coalesce(side_by_side(id, (SELECT min(id) FROM there)), id) END AS detail
+        FROM unknown LEFT JOIN alike ON id_key(unknown.id) = key"""
 
 
 def reject_contradictions(connection: Connection, same: Literal["query_id", "letters"], differ: str) -> None:

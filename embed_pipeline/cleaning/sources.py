@@ -46,10 +46,12 @@ def verify_sources(raw: Path, cleaned: Path, sources: Sequence[SourceSettings], 
     broken = []
     for source in sources:
         rows, folder = source_folder(raw, source.extra_name), source_folder(cleaned, source.extra_name)
+        report = reports[source.extra_name]
+        missing = [text for texts in report.read_as_missing.values() for text in texts]
         if source.is_retrieval:
-            found = verify(folder, rows / RAW_FILE)
+            found = verify(folder, rows / RAW_FILE, missing)
         else:
-            found = verify_examples(folder, source, _apart(reports[source.extra_name]), rows / RAW_EXAMPLES_FILE)
+            found = verify_examples(folder, source, _apart(report), rows / RAW_EXAMPLES_FILE, missing)
         broken += [sentence if source.extra_name is None else f"{source.extra_name}: {sentence}" for sentence in found]
     return broken
 

@@ -12,7 +12,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from embed_pipeline.cleaning import reasons
-from embed_pipeline.cleaning.rows import reject, reject_queries_without_positive
+from embed_pipeline.cleaning.rows import reject, reject_queries_without_positive, rejections_told
 from embed_pipeline.errors import CleaningError
 from embed_pipeline.settings import SplitSettings
 
@@ -152,13 +152,21 @@ def linked_groups(
 
 
 def _too_few_groups(connection: duckdb.DuckDBPyConnection, groups: int, wanted: list[str], queries: int) -> str:
-    top = connection.execute(
-        """SELECT what, key, count(DISTINCT query_id) AS n FROM links WHERE split = 'train'
-           GROUP BY what, key ORDER BY n DESC, what, key LIMIT 1"""
+    what, key, most, passage = connection.execute(
+        """WITH top AS (
+               SELECT what, key, count(DISTINCT query_id) AS n FROM links WHERE split = 'train'
+               GROUP BY what, key ORDER BY n DESC, what, key LIMIT 1
+           ) SELECT what, key, n, left(text, 80) FROM top LEFT JOIN passages ON what = 'cluster' AND passage_id = key"""
     ).fetchall()[0]
+    shared = f"passage '{passage}'" if what == "cluster" else f"{what} '{key}'"
+    fixes = {
+        "document": "leave `columns.document_id` out or choose a finer one",
+        "cluster": "raise `cleaning.near_duplicates.threshold` if passages only look alike, or deliver more of them",
+        "query": "deliver more questions",
+    }
+    rejected = rejections_told(connection, reasons.REASONS) or "none"
     return (
         f"cannot cut {' and '.join(wanted)} from train: its {queries} queries form {groups} group(s) that may not be "
-        f"divided, and {len(wanted) + 1} are needed. What links most of them is the {top[0]} '{top[1]}' "
-        f"({top[2]} queries). If that {top[0]} says little, leave `columns.document_id` out or choose a finer one, "
-        "raise `cleaning.near_duplicates.threshold`, or deliver a `split` column"
+        f"divided, and {len(wanted) + 1} are needed. What links most of them is the {shared} ({most} queries). "
+        f"Rejected: {rejected}. Fix: {fixes[what]}; or deliver a `split` column"
     )

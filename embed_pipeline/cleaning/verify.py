@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-
-import duckdb
 
 from embed_pipeline.cleaning import reasons
 from embed_pipeline.cleaning.elsewhere import Apart
 from embed_pipeline.cleaning.normalise import create_macros
+from embed_pipeline.cleaning.raw_rows import view_raw_rows
 from embed_pipeline.cleaning.rows import MEMORY_LIMIT
 from embed_pipeline.settings import SourceSettings
 from embed_pipeline.tables import (
@@ -22,6 +22,7 @@ from embed_pipeline.tables import (
     REJECTED_FILE,
     SPLITS,
     WITHHELD_FILE,
+    connect,
 )
 
 _TABLES = {
@@ -85,9 +86,9 @@ _PROMISES = {
 # tables that cleaning works on.
 _FROM_RAW = {
     "delivered": """
-        SELECT source, row_number, kind, reason, nullif(trim(query_id), '') AS query_id, one_line(query) AS asked,
-            nullif(trim(passage_id), '') AS passage_id, passage_text(one_line(title), lines(passage)) AS told,
-            lines(negative) AS refused, nullif(trim(document_id), '') AS document_id,
+        SELECT source, row_number, kind, reason, named(query_id) AS query_id, one_line(query) AS asked,
+            named(passage_id) AS passage_id, passage_text(one_line(title), lines(passage)) AS told,
+            lines(negative) AS refused, named(document_id) AS document_id,
             CASE WHEN kind = 'judgement' THEN relevance ELSE coalesce(relevance, 1.0) END AS relevance
         FROM raw LEFT JOIN (SELECT source, row_number, reason FROM rejected) USING (source, row_number)""",
     # A passage's own text, and the texts of what gave way to it. `merged` has it without the title that it may have in
@@ -160,29 +161,30 @@ _PROMISES_TO_RAW = {
 SHOWN = 3
 
 
-def verify(folder: Path, raw_file: Path | None = None) -> list[str]:
+def verify(folder: Path, raw_file: Path | None = None, missing_texts: Sequence[str] = ()) -> list[str]:
     """Violations found in the tables that `clean` wrote to `folder`, a sentence each; empty when every promise holds.
 
     Checked: ids are unique, judgements resolve, every query has a positive, no query (case, punctuation and word order
     aside), document, near-duplicate cluster or group stands in two splits, no row is rejected twice. With `raw_file`
     also that every raw row is either rejected or found again in the tables with what it judged, that no judgement is
     there that nobody delivered, that what rejected rows call relevant is withheld, and that no document of a positive
-    (a passage may have been delivered with several) stands in two splits.
+    (a passage may have been delivered with several) stands in two splits. `missing_texts` are those that were read as
+    missing.
     """
     with (
         tempfile.TemporaryDirectory(prefix="verify-") as work,
-        duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": work}) as connection,
+        connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": work}) as connection,
     ):
         create_macros(connection)
         for table, name in _TABLES.items():
-            connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{_quoted(folder / name)}')")
+            connection.execute(f"CREATE VIEW {table} AS SELECT * FROM stored('{_quoted(folder / name)}')")
         connection.execute(
             "CREATE VIEW positives AS SELECT query_id, split, passage_id, document_id, cluster_id FROM qrels "
             "JOIN queries USING (query_id) JOIN passages USING (passage_id) WHERE relevance > 0"
         )
         promises = dict(_PROMISES)
         if raw_file is not None:
-            connection.execute(f"CREATE VIEW raw AS SELECT * FROM read_parquet('{_quoted(raw_file)}')")
+            view_raw_rows(connection, raw_file, missing_texts)
             for table, query in _FROM_RAW.items():
                 connection.execute(f"CREATE TEMP TABLE {table} AS {query}")
             promises |= _PROMISES_TO_RAW
@@ -215,7 +217,8 @@ _EXAMPLE_PROMISES_TO_RAW = {
     "a rejected row is a raw row": f"SELECT {_ROW} FROM rejected ANTI JOIN raw USING (source, row_number)",
     "every kept row is an example, as it was delivered": f"""
         SELECT {_ROW} FROM kept ANTI JOIN examples e ON e.sentence1 = kept.sentence1
-        AND e.sentence2 IS NOT DISTINCT FROM kept.sentence2 AND e.label IS NOT DISTINCT FROM kept.label
+        AND e.sentence2 IS NOT DISTINCT FROM kept.sentence2
+        AND class_key(e.label) IS NOT DISTINCT FROM class_key(kept.label)
         AND ($kind <> 'scored' OR abs(e.score - (kept.score - $low) / ($high - $low)) < 1e-9)""",
     "an example was delivered, once": """
         SELECT example_id FROM examples e LEFT JOIN kept k ON e.sentence1 = k.sentence1
@@ -226,22 +229,27 @@ _EXAMPLE_PROMISES_TO_RAW = {
 }
 
 
-def verify_examples(folder: Path, source: SourceSettings, apart: Apart, raw_file: Path | None = None) -> list[str]:
+def verify_examples(
+    folder: Path,
+    source: SourceSettings,
+    apart: Apart,
+    raw_file: Path | None = None,
+    missing_texts: Sequence[str] = (),
+) -> list[str]:
     """The same for the tables that `examples.clean_examples` wrote; `apart` is what its report says of the splits."""
     low, high = source.score_range or (0.0, 1.0)
     told = {"kind": source.kind, "apart": apart, "low": low, "high": high}
-    with duckdb.connect(config={"memory_limit": MEMORY_LIMIT}) as connection:
+    with connect(config={"memory_limit": MEMORY_LIMIT}) as connection:
         create_macros(connection)
         for table, name in (("examples", EXAMPLES_FILE), ("rejected", REJECTED_EXAMPLES_FILE)):
-            connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{_quoted(folder / name)}')")
+            connection.execute(f"CREATE VIEW {table} AS SELECT * FROM stored('{_quoted(folder / name)}')")
         promises = dict(_EXAMPLE_PROMISES)
         if raw_file is not None:
-            connection.execute(f"CREATE VIEW raw AS SELECT * FROM read_parquet('{_quoted(raw_file)}')")
+            view_raw_rows(connection, raw_file, missing_texts, examples=True)
             connection.execute(
                 """CREATE TEMP TABLE kept AS
                    SELECT source, row_number, lines(sentence1) AS sentence1, lines(sentence2) AS sentence2, score,
-                       one_line(label) AS label, CASE lower(trim(split)) WHEN 'test' THEN 'test' WHEN 'dev' THEN 'dev'
-                           WHEN 'val' THEN 'dev' WHEN 'validation' THEN 'dev' END AS held_out
+                       one_line(label) AS label, nullif(told_split, 'train') AS held_out
                    FROM raw ANTI JOIN rejected USING (source, row_number)"""
             )
             promises |= _EXAMPLE_PROMISES_TO_RAW

@@ -732,7 +732,7 @@ def _examples(folder: Path, split: str, seed: int, max_rows: int | None) -> list
             f"no {EXAMPLES_FILE} in {folder}: expected the tables of a scored, labelled or parallel source. "
             "Materialize cleaned_pairs again"
         )
-    table = pq.read_table(path)
+    table = pq.read_table(path, partitioning=None)
     rows = table.filter(pc.equal(table["split"], split)).sort_by("example_id").to_pylist()
     drawn = _sample(list(range(len(rows))), max_rows, np.random.default_rng([seed, 7]))
     return [_Row(*(rows[i][key] for key in ("sentence1", "sentence2", "score", "label"))) for i in drawn]

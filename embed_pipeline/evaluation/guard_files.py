@@ -180,7 +180,7 @@ def _read(path: Path, columns: Mapping[str, Sequence[str]], optional: Sequence[s
 
 def _read_parquet(path: Path) -> dict[str, Column]:
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, partitioning=None)
     except (OSError, pa.ArrowException) as error:
         raise SourceError(f"{path}: cannot be read as parquet: {error}. Copy or build it again") from error
     return {name: table[name].to_pylist() for name in table.schema.names}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import duckdb
-
 from embed_pipeline.cleaning.normalise import create_macros
 from embed_pipeline.tables import (
     EXAMPLES_FILE,
@@ -14,6 +12,7 @@ from embed_pipeline.tables import (
     PASSAGES_FILE,
     QRELS_FILE,
     QUERIES_FILE,
+    connect,
     extra_folder,
     source_folder,
 )
@@ -22,8 +21,8 @@ from embed_pipeline.tables import (
 def held_out_queries_among(trained: Path, cleaned: Path) -> list[str]:
     """query_ids of dev and test in `cleaned` (a cleaned_pairs folder) that `trained` (parquet with query_id) holds."""
     return _ids(
-        "SELECT DISTINCT query_id FROM read_parquet($trained) SEMI JOIN "
-        "(SELECT query_id FROM read_parquet($queries) WHERE split <> 'train') USING (query_id) ORDER BY query_id",
+        "SELECT DISTINCT query_id FROM stored($trained) SEMI JOIN "
+        "(SELECT query_id FROM stored($queries) WHERE split <> 'train') USING (query_id) ORDER BY query_id",
         {"trained": str(trained), "queries": str(cleaned / QUERIES_FILE)},
     )
 
@@ -37,19 +36,19 @@ def seen_in_training(trained: Path, trained_cleaned: Path, cleaned: Path) -> lis
     spacing and, in questions, word order make no difference.
     """
     return _ids(
-        """WITH trained AS (SELECT query_id, unnest(positive_ids) AS passage_id FROM read_parquet($trained)),
+        """WITH trained AS (SELECT query_id, unnest(positive_ids) AS passage_id FROM stored($trained)),
         trained_queries AS (
-            SELECT query_id, unnest(query_keys(folded(query))) AS key FROM read_parquet($old_queries) AS q
+            SELECT query_id, unnest(query_keys(folded(query))) AS key FROM stored($old_queries) AS q
             SEMI JOIN trained USING (query_id)),
         trained_passages AS (
-            SELECT passage_id, letters(folded(text)) AS text FROM read_parquet($old_passages) AS p
+            SELECT passage_id, letters(folded(text)) AS text FROM stored($old_passages) AS p
             SEMI JOIN trained USING (passage_id)),
         asked AS (
-            SELECT query_id, unnest(query_keys(folded(query))) AS key FROM read_parquet($queries)
+            SELECT query_id, unnest(query_keys(folded(query))) AS key FROM stored($queries)
             WHERE split = 'test'),
         answers AS (
-            SELECT query_id, passage_id, letters(folded(text)) AS text FROM read_parquet($qrels) AS j
-            JOIN read_parquet($passages) AS p USING (passage_id) WHERE relevance > 0)
+            SELECT query_id, passage_id, letters(folded(text)) AS text FROM stored($qrels) AS j
+            JOIN stored($passages) AS p USING (passage_id) WHERE relevance > 0)
         SELECT DISTINCT query_id FROM asked WHERE query_id IN (SELECT query_id FROM trained_queries)
             OR key IN (SELECT key FROM trained_queries)
             OR query_id IN (
@@ -97,12 +96,12 @@ def held_out_pairs_among(cleaned: Path) -> list[str]:
 
 
 _EXAMPLE_PAIRS = (
-    "SELECT sentence1 AS first, sentence2 AS second FROM read_parquet($examples) "
+    "SELECT sentence1 AS first, sentence2 AS second FROM stored($examples) "
     "WHERE split = 'train' AND sentence2 IS NOT NULL"
 )
 _ANSWERED_PAIRS = """SELECT query AS first, text AS second
-    FROM (SELECT query_id, unnest(positive_ids) AS passage_id FROM read_parquet($trained))
-    JOIN read_parquet($queries) USING (query_id) JOIN read_parquet($passages) USING (passage_id)"""
+    FROM (SELECT query_id, unnest(positive_ids) AS passage_id FROM stored($trained))
+    JOIN stored($queries) USING (query_id) JOIN stored($passages) USING (passage_id)"""
 
 
 def _seen_pairs(
@@ -127,7 +126,7 @@ def _seen_pairs(
         f"""WITH keys AS (SELECT unnest(pair_keys(folded(first), folded(second))) AS key FROM ({trained_pairs})),
         asked AS (
             SELECT example_id, unnest(pair_keys(folded(sentence1), folded(sentence2))) AS key
-            FROM read_parquet($asked) WHERE split = 'test')
+            FROM stored($asked) WHERE split = 'test')
         SELECT DISTINCT example_id FROM asked SEMI JOIN keys USING (key) ORDER BY example_id""",
         told,
     )
@@ -138,14 +137,14 @@ def _seen_texts(examples: Path, cleaned: Path) -> list[str]:
     return _ids(
         """WITH sentences AS (
             SELECT DISTINCT unnest(text_keys(folded(sentence))) AS key FROM (
-                SELECT unnest([sentence1, sentence2]) AS sentence FROM read_parquet($examples) WHERE split = 'train')
+                SELECT unnest([sentence1, sentence2]) AS sentence FROM stored($examples) WHERE split = 'train')
             WHERE sentence IS NOT NULL),
-        asked AS (SELECT query_id, query FROM read_parquet($queries) WHERE split = 'test'),
+        asked AS (SELECT query_id, query FROM stored($queries) WHERE split = 'test'),
         texts AS (
             SELECT query_id, unnest(text_keys(folded(query))) AS key FROM asked
             UNION ALL
-            SELECT query_id, unnest(text_keys(folded(text))) FROM asked JOIN read_parquet($qrels) USING (query_id)
-            JOIN read_parquet($passages) USING (passage_id) WHERE relevance > 0)
+            SELECT query_id, unnest(text_keys(folded(text))) FROM asked JOIN stored($qrels) USING (query_id)
+            JOIN stored($passages) USING (passage_id) WHERE relevance > 0)
         SELECT DISTINCT query_id FROM texts SEMI JOIN sentences USING (key) ORDER BY query_id""",
         {
             "examples": str(examples / EXAMPLES_FILE),
@@ -158,6 +157,6 @@ def _seen_texts(examples: Path, cleaned: Path) -> list[str]:
 
 def _ids(query: str, told: dict[str, str]) -> list[str]:
     """The first column of what a query finds, with the macros of cleaning; `told` are its parameters."""
-    with duckdb.connect() as connection:
+    with connect() as connection:
         create_macros(connection)
         return [row[0] for row in connection.execute(query, told).fetchall()]

@@ -94,8 +94,11 @@ def _whole_grades(query_id: str, judged: Mapping[str, float]) -> dict[str, int]:
         return {passage_id: max(0, int(grade)) for passage_id, grade in judged.items()}
     if highest <= 0:
         return dict.fromkeys(judged, 0)
-    scale = _HIGHEST_GRADE / highest
-    return {passage_id: max(1, round(grade * scale)) if grade > 0 else 0 for passage_id, grade in judged.items()}
+    # Divided first: the highest grade may be so small that its reciprocal is infinite.
+    return {
+        passage_id: max(1, round(grade / highest * _HIGHEST_GRADE)) if grade > 0 else 0
+        for passage_id, grade in judged.items()
+    }
 
 
 def _cut(metric: str, value: float) -> float:

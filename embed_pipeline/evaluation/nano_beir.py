@@ -124,7 +124,7 @@ def _read(paths: list[Path], columns: tuple[str, ...]) -> list[Mapping[str, Any]
     rows: list[Mapping[str, Any]] = []
     for path in paths:
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(path, partitioning=None)
         except (OSError, pa.ArrowException) as error:
             raise SourceError(f"{path}: cannot be read as parquet: {error}. Copy it again") from error
         for column in columns:

@@ -237,7 +237,7 @@ def _plots(report: EvaluationReport, folder: Path, history: Sequence[HistoryPoin
 
 
 def _similarities(folder: Path) -> dict[str, str]:
-    table = pq.read_table(folder / SIMILARITIES_FILE)
+    table = pq.read_table(folder / SIMILARITIES_FILE, partitioning=None)
     plots = {}
     for system in (BASE_EMBEDDER, EMBEDDER):
         of_system = table.filter(pc.equal(table["system"], system)).sort_by("example_id")
@@ -247,7 +247,7 @@ def _similarities(folder: Path) -> dict[str, str]:
 
 
 def _changes(folder: Path) -> np.ndarray:
-    table = pq.read_table(folder / PER_QUERY_FILE, filters=[("metric", "==", "ndcg_at_10")])
+    table = pq.read_table(folder / PER_QUERY_FILE, filters=[("metric", "==", "ndcg_at_10")], partitioning=None)
     values = {}
     for system in (BASE_EMBEDDER, EMBEDDER):
         of_system = table.filter(pc.equal(table["system"], system)).sort_by("query_id")

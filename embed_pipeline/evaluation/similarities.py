@@ -46,7 +46,7 @@ class Similarities:
         path = cleaned / EXAMPLES_FILE
         if not path.is_file():
             raise ArtifactError(f"no {EXAMPLES_FILE} in {cleaned}: expected the cleaned pairs of a scored source")
-        table = pq.read_table(path)
+        table = pq.read_table(path, partitioning=None)
         rows = table.filter(pc.equal(table["split"], "test")).sort_by("example_id").to_pylist()
         expected = np.array([row["score"] for row in rows], dtype=np.float64)
         if len(np.unique(expected)) < 2:

@@ -84,12 +84,13 @@ def export(
             f"{models.embedder}. Take it out"
         )
     exports = _Exports(models, test, settings, evaluation, seed, out, original, encoded)
+    before = {path.name for path in out.iterdir()}
     with tempfile.TemporaryDirectory(prefix=".making-", dir=out) as scratch:
         forms = [exports.of_original(), *exports.graphs(Path(scratch)), *exports.vectors()]
         reranker = exports.of_reranker(parity, Path(scratch))
     kept = {form.name for form in forms if form.published} | {RERANKER_FORM if reranker and reranker.published else ""}
     for folder in out.iterdir():  # what was half written when its form failed
-        if folder.name not in kept:
+        if folder.name not in kept | before:
             shutil.rmtree(folder)
     report = ExportReport(
         versions=dict(versions or {}),

@@ -140,7 +140,9 @@ class ScoredTest:
     passages: int | None = None
 
     def __init__(self, cleaned: Path, pairs: int | None, seed: int) -> None:
-        examples = pq.read_table(cleaned / EXAMPLES_FILE, columns=["sentence1", "sentence2", "score", "split"])
+        examples = pq.read_table(
+            cleaned / EXAMPLES_FILE, columns=["sentence1", "sentence2", "score", "split"], partitioning=None
+        )
         train, test = (examples.filter(pc.equal(examples["split"], split)) for split in ("train", "test"))
         _refuse_nothing(test.num_rows, cleaned)
         test = test.take(sample_rows(test.num_rows, pairs, seed))

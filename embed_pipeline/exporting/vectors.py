@@ -51,7 +51,7 @@ class Int8Vectors:
 
     @classmethod
     def load(cls, folder: Path | str) -> Int8Vectors:
-        return cls(np.load(Path(folder) / RANGES_FILE))
+        return cls(np.load(Path(folder) / RANGES_FILE, allow_pickle=False))
 
     def save(self, folder: Path) -> None:
         np.save(folder / RANGES_FILE, self.ranges)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from embed_pipeline.errors import ConfigurationError
+from embed_pipeline.launch.environment import NAMED_VARIABLE, problem_with
 from embed_pipeline.launch.local import run_local
 from embed_pipeline.launch.nodes import lead
 from embed_pipeline.launch.ray import cluster_address, ray_command
@@ -40,7 +41,10 @@ class Site:
 
 
 def check_site(launch: LaunchSettings) -> None:
-    """Raises ConfigurationError naming what has to be installed to launch jobs there."""
+    """Raises ConfigurationError naming what has to be installed to launch jobs there, or a variable they may not be
+    given."""
+    if problem := problem_with(launch.environment):
+        raise ConfigurationError(f"launch.environment: {problem}")
     if launch.kind == "ray" and importlib.util.find_spec("ray") is None:
         raise ConfigurationError(
             "launch.kind ray needs the package ray, which this environment does not have. Install it: pip install "
@@ -69,8 +73,9 @@ def launch_job(
     Raises TrainingError with the first failing rank's cause.
     """
     launch, error_file = site.settings if site else LaunchSettings(), job_file.with_name("error.json")
-    # An MLflow run of the user's own, named in our environment, is none of the training's business.
-    env = {"MLFLOW_RUN_ID": "", **(env or {}), **(tracked.environment if tracked else {})}
+    env = {**(env or {}), **(tracked.environment if tracked else {})}
+    if launch.environment:
+        env[NAMED_VARIABLE] = ",".join(launch.environment)
     if site is not None and launch.kind == "nodes":
         lead(site.announcements, job.entry_point, job_file, job.world_size, launch, env=env, on_poll=on_poll)
         return
@@ -78,8 +83,7 @@ def launch_job(
         checkpoints = job_file.with_name(CHECKPOINTS_FOLDER)
         command = slurm_command(job.entry_point, job_file, job.world_size, launch, checkpoints)
     elif launch.kind == "ray":
-        command = ray_command(job.entry_point, job_file, job.world_size, launch, env)
-        env = {**env, **cluster_address()}  # for who submits, not for the job
+        command = ray_command(job.entry_point, job_file, job.world_size, launch, [*env, *launch.environment])
     else:
         command = torchrun_command(job.entry_point, job_file, job.world_size, max_restarts=launch.max_restarts)
     run_local(command, env=env, error_file=error_file, on_poll=on_poll)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -18,12 +19,17 @@ import psutil
 
 from embed_pipeline import errors
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.launch.environment import job_environment
 
 # What ends a training that did nothing wrong: it was preempted, others took the memory, a connection was lost.
 PASSING_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 PASSING_ERRORS = ("ConnectionError", "ConnectionResetError", "TimeoutError", "DistNetworkError", "SignalException")
-TERMINATE_SECONDS = 12.0  # more than torchrun's own --shutdown-timeout, so that it can end its workers itself
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+# More than torchrun's own --shutdown-timeout, so that it can end its workers itself; what is left is gone KILL_SECONDS
+# later. With what a tracked run then takes (`tracking.runs`) a cancel is over within 15 seconds, with time to spare.
+TERMINATE_SECONDS = 7.0
+KILL_SECONDS = 2.0
+_MARK_VARIABLE = "EMBED_PIPELINE_LAUNCH"  # every process of a job inherits it, whatever session or parent it has
 # What a process says whose peer is gone: true, but not the cause.
 _VICTIM = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|closed by peer|DistNetworkError|DistStoreError|DistBackendError|"
@@ -44,18 +50,20 @@ def run_local(
 ) -> None:
     """Run a launch command to its end; its output goes where this process's output goes.
 
-    `env` is added to this process's environment. `on_poll` is called every `poll_seconds` while it runs. Whatever is
-    raised here meanwhile (an interrupt, a failing `on_poll`) ends torchrun and all its workers and is raised again.
-    When this process is killed outright, the kernel ends them (on Linux).
+    Of this process's environment the command is given what jobs are (see `launch.environment`), and over it `env`.
+    `on_poll` is called every `poll_seconds` while it runs. Whatever is raised here meanwhile (an interrupt, a failing
+    `on_poll`) ends torchrun and all its workers and is raised again. When this process is killed outright, the kernel
+    ends them (on Linux).
 
     Raises TrainingError with the first failing rank's cause, as torchrun leaves it in `error_file` (and other nodes in
     files beside it whose names begin like it); it is `passing` where trying again may help.
     """
     for left in _error_files(error_file):
         left.unlink()
+    mark = secrets.token_hex(8)
     process = subprocess.Popen(
         [sys.executable, "-m", "embed_pipeline.launch.parent_death", *command],
-        env={**os.environ, **env, ERROR_FILE_VARIABLE: str(error_file)},
+        env=job_environment({**env, ERROR_FILE_VARIABLE: str(error_file), _MARK_VARIABLE: mark}),
         start_new_session=True,  # a Ctrl-C in the terminal reaches us alone, and we end torchrun in order
     )
     try:
@@ -64,29 +72,36 @@ def run_local(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(poll_seconds)
     except BaseException:
-        stop(process)
+        process.terminate()  # torchrun, which ends its workers
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(TERMINATE_SECONDS)
         raise
+    finally:
+        if process.poll() is None:
+            process.kill()
+        _kill_all(mark)
+        process.wait()
     if process.returncode != 0:
         raise training_error(error_file, process.returncode)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End torchrun by SIGTERM, which ends its workers; kill what is left of the tree after TERMINATE_SECONDS."""
-    try:
-        # Taken before it ends: orphans are no longer its children, and each worker has a session of its own.
-        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        tree = []
-    process.terminate()
-    try:
-        deadline = time.monotonic() + TERMINATE_SECONDS
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-    finally:
-        for member in tree:
+def _kill_all(mark: str) -> None:
+    """End what is left of a job: workers have sessions of their own, and what they started may have lost its parent."""
+    deadline = time.monotonic() + KILL_SECONDS
+    while (left := _processes_of(mark)) and time.monotonic() < deadline:
+        for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait()
+                process.kill()
+        psutil.wait_procs(left, timeout=0.2)
+
+
+def _processes_of(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile, or another user's
+            if process.environ().get(_MARK_VARIABLE) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def training_error(error_file: Path, return_code: int) -> TrainingError:

@@ -2,7 +2,8 @@
 
 The machine where Dagster runs the step puts an announcement into `.nodes` of the pipeline's folder; `embed-pipeline
 join` on each of the others takes a seat in it and runs torchrun's agent there. Who sits where, and whether the other
-side is still alive, stands in files: nothing but the store and torchrun's own rendezvous is needed.
+side is still alive, stands in files, and torchrun's agents meet in them: no port is announced, and nothing that comes
+over the network is believed. Whoever can write to these files decides what runs, so a node looks at their owner first.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embed_pipeline import __version__
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.launch.heartbeat import Heart, Listener
 from embed_pipeline.launch.local import run_local, training_error
-from embed_pipeline.launch.torchrun import Rendezvous, torchrun_command
-from embed_pipeline.settings import LaunchSettings
+from embed_pipeline.launch.network import interface_in
+from embed_pipeline.launch.ownership import check_only_ours, check_private, make_private
+from embed_pipeline.launch.torchrun import EntryPoint, Rendezvous, torchrun_command
+from embed_pipeline.settings import LaunchSettings, Network
 
 logger = logging.getLogger(__name__)
 
@@ -36,45 +41,66 @@ _LOOK_SECONDS = 1.0
 _GRACE_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class Announcement:
-    """What another node needs to know of a job."""
+class Announcement(BaseModel):
+    """What another node needs to know of a job: which of this package's entry points, on which file.
 
-    rendezvous: Rendezvous
-    entry_point: str
+    It holds no environment: a node has its own, and rank 0, which speaks for a job, is on the leading one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(pattern=r"^[0-9a-f]{12}$")
+    entry_point: EntryPoint
     job_file: Path
-    nproc_per_node: int
-    max_restarts: int
-    environment: dict[str, str]
+    nnodes: int = Field(ge=2)
+    nproc_per_node: int = Field(ge=1)
+    max_restarts: int = Field(ge=0)
+    network: Network
+    wait_seconds: int = Field(ge=0)
 
-    def command(self, *, host: bool) -> list[str]:
+    def command(self, seats: Path, rank: int) -> list[str]:
+        rendezvous = Rendezvous(self.id, seats, self.nnodes, self.network, self.wait_seconds)
         return torchrun_command(
             self.entry_point,
             self.job_file,
             self.nproc_per_node,
             max_restarts=self.max_restarts,
-            rendezvous=self.rendezvous.options(host=host),
+            rendezvous=rendezvous.options(rank),
         )
 
     def write(self, path: Path) -> None:
-        """Whole or not at all, and for its owner alone: addresses in the environment may hold passwords."""
+        """Whole or not at all, and for its owner alone."""
         partial = path.with_suffix(".partial")
         partial.touch(mode=0o600)
-        partial.write_text(json.dumps({**asdict(self), "job_file": str(self.job_file), "version": __version__}))
+        partial.write_text(json.dumps({"version": __version__, **self.model_dump(mode="json")}))
         partial.replace(path)
 
     @classmethod
-    def read(cls, path: Path) -> Announcement | None:
-        """None when it is gone, or from another version of this package."""
+    def read(cls, path: Path, store: Path) -> Announcement:
+        """Raises OSError when it is gone, TrainingError when this user should not do what it says."""
+        check_private(path.parent)
+        check_only_ours(path, store)
         try:
-            told = json.loads(path.read_text())
-        except (OSError, ValueError):
-            return None
-        if (version := told.pop("version")) != __version__:
-            logger.warning("%s is from embed_pipeline %s, this is %s: not joined", path, version, __version__)
-            return None
-        rendezvous = Rendezvous(**told.pop("rendezvous"))
-        return cls(rendezvous, job_file=Path(told.pop("job_file")), **told)
+            told = json.loads(path.read_bytes())
+            version = told.pop("version")
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise TrainingError(f"{path} is not an announcement of a job: {error!r}") from error
+        if version != __version__:
+            raise TrainingError(f"{path} is from embed_pipeline {version}; this is {__version__}. Install the same")
+        try:
+            announcement = cls.model_validate(told)
+        except ValidationError as error:
+            raise TrainingError(f"{path} announces what no job is: {_sentence(error)}") from error
+        if path.parent.name != announcement.id:
+            raise TrainingError(f"{path} has the id {announcement.id}; expected its folder's name")
+        check_only_ours(announcement.job_file, store)
+        return announcement
+
+
+def _sentence(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(map(str, one['loc']))}: found {str(one['input'])[:200]!r}; {one['msg']}" for one in error.errors()
+    )
 
 
 # ------------------------------------------------------------------------------------------------- leading
@@ -95,19 +121,23 @@ def lead(
     `processes` is their number over all nodes. Raises TrainingError with the first failing rank's cause, whatever node
     it was on; also when too few nodes join, or when one that has joined is not heard of any more.
     """
-    assert launch.rdzv_endpoint is not None
+    assert launch.network is not None
+    # The other nodes will look at it in the same way, and this one can say why they would not come.
+    check_only_ours(job_file, folder.parent)
+    interface_in(launch.network)
     wait_seconds = round(launch.wait_minutes * 60)
-    rendezvous = Rendezvous(secrets.token_hex(6), launch.rdzv_endpoint, launch.nnodes, wait_seconds)
-    seats = folder / rendezvous.id
     announcement = Announcement(
-        rendezvous,
-        entry_point,
-        job_file.absolute(),
-        processes // launch.nnodes,
-        launch.max_restarts,
-        dict(env),
+        id=secrets.token_hex(6),
+        entry_point=cast("EntryPoint", entry_point),
+        job_file=job_file.absolute(),
+        nnodes=launch.nnodes,
+        nproc_per_node=processes // launch.nnodes,
+        max_restarts=launch.max_restarts,
+        network=launch.network,
+        wait_seconds=wait_seconds,
     )
-    seats.mkdir(parents=True)
+    seats = folder.absolute() / announcement.id
+    make_private(seats)
     try:
         others = _Others(seats, launch.nnodes - 1, wait_seconds, job_file.with_name("error.json"))
         announcement.write(seats / _ANNOUNCEMENT)
@@ -119,7 +149,7 @@ def lead(
             others.look()
             on_poll()
 
-        run_local(announcement.command(host=True), env=env, error_file=job_file.with_name("error.json"), on_poll=poll)
+        run_local(announcement.command(seats, 0), env=env, error_file=job_file.with_name("error.json"), on_poll=poll)
     finally:
         # Tells the others that it is over, whether it went well or not.
         shutil.rmtree(seats, ignore_errors=True)
@@ -168,20 +198,22 @@ class _Others:
 # ------------------------------------------------------------------------------------------------- joining
 
 
-def join(folders: Callable[[], Iterable[Path]], *, jobs: int | None = None) -> None:
-    """Be one more node for what is announced in `folders()`, job after job; for ever, or for so many `jobs`.
+def join(store: Path, folders: Callable[[], Iterable[Path]], *, jobs: int | None = None) -> None:
+    """Be one more node for what is announced in `folders()` of `store`, job after job; for ever, or for so many `jobs`.
 
-    A job that fails here is told in the log; the next one is waited for.
+    A job that fails here, or is refused because others could have written it, is told in the log; the next one is
+    waited for.
     """
     done = 0
-    left: set[str] = set()  # what this node has taken part in: whoever leaves a job ends it
+    # What this node has taken part in (whoever leaves a job ends it), and what it refused.
+    left: set[Path] = set()
     while jobs is None or done < jobs:
-        taken = next(_free_seats(folders(), left), None)
+        taken = next(_free_seats(store, folders(), left), None)
         if taken is None:
             time.sleep(_LOOK_SECONDS)
             continue
         announcement, seat = taken
-        left.add(announcement.rendezvous.id)
+        left.add(seat.parent)
         logger.info("joining %s as %s", announcement.job_file, seat.name)
         try:
             _take_part(announcement, seat)
@@ -197,13 +229,20 @@ class _OverError(Exception):
     """The job has ended, or its launching process is gone."""
 
 
-def _free_seats(folders: Iterable[Path], left: set[str]) -> Iterator[tuple[Announcement, Path]]:
+def _free_seats(store: Path, folders: Iterable[Path], left: set[Path]) -> Iterator[tuple[Announcement, Path]]:
     for folder in folders:
         for path in sorted(folder.glob(f"*/{_ANNOUNCEMENT}")):
-            announcement = Announcement.read(path)
-            if announcement is None or announcement.rendezvous.id in left:
+            if path.parent in left:
                 continue
-            for number in range(1, announcement.rendezvous.nnodes):
+            try:
+                announcement = Announcement.read(path, store)
+            except OSError:  # it is over
+                continue
+            except TrainingError as error:
+                logger.warning("not joined: %s", error)
+                left.add(path.parent)
+                continue
+            for number in range(1, announcement.nnodes):
                 seat = path.with_name(f"{_SEAT}{number}")
                 with contextlib.suppress(OSError):  # another has it, or the job is over
                     seat.touch(exist_ok=False)
@@ -224,8 +263,8 @@ def _take_part(announcement: Announcement, seat: Path) -> None:
 
     try:
         run_local(
-            announcement.command(host=False),
-            env=announcement.environment,
+            announcement.command(seat.parent, int(seat.name.removeprefix(_SEAT))),
+            env={},
             error_file=announcement.job_file.with_name(f"error-{seat.name}.json"),
             on_poll=poll,
         )

@@ -1,4 +1,4 @@
-"""One process of a torchrun job: its place among the others, its device, its threads."""
+"""One process of a torchrun job: its place among the others, its device, its threads, its process group."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import logging
 import os
 import signal
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn
 
 import torch
+from torch.distributed import FileStore, distributed_c10d
 
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.launch.parent_death import die_with_parent
 from embed_pipeline.models.precision import default_device
+
+RANKS_FILE_VARIABLE = "EMBED_PIPELINE_RANKS_FILE"  # where the ranks of a job meet; `launch.rendezvous` sets it
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,38 @@ def take_place(world_size: int) -> Place:
         # accelerate would set the machine's physical cores instead, where a process may use fewer.
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     return Place(rank, world_size, device, threads)
+
+
+def meet(place: Place, timeout: timedelta) -> None:
+    """Form the process group of a training, before a library does it over a port that all the network can reach.
+
+    A process alone on a CPU needs none. From here on none unpickles what another sends. Raises TrainingError in a
+    process that was started by torchrun itself, where none knows the file in which they meet.
+    """
+    on_gpu = place.device.startswith("cuda")
+    started = "LOCAL_RANK" in os.environ
+    if torch.distributed.is_initialized() or not started or (place.world_size == 1 and not on_gpu):
+        return
+    path = os.environ.get(RANKS_FILE_VARIABLE)
+    if path is None:
+        raise TrainingError(
+            "torchrun itself lets its processes meet at a port that everybody can reach. Start them by `python -m "
+            "embed_pipeline.launch.agent --rdzv-backend=files`, which takes torchrun's other options"
+        )
+    assert hasattr(distributed_c10d, "_unpickler")
+    distributed_c10d._unpickler = _refuse
+    store = FileStore(path, place.world_size)
+    store.set_timeout(timeout)
+    torch.distributed.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
+    )
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "a library exchanges pickled objects between the processes of this training. The network between them is not "
+        "authenticated, so whoever is on it could run code here: exchange tensors, or text"
+    )
 
 
 def device_of(kind: str, local_rank: int, gpus: int) -> str:

@@ -67,7 +67,7 @@ def main(submission: Path) -> int:
             entrypoint_num_gpus=told["gpus"] or None,
             runtime_env={
                 "env_vars": {
-                    **{name: os.environ[name] for name in told["environment"]},
+                    **{name: os.environ[name] for name in told["environment"] if name in os.environ},
                     HEARTBEAT_VARIABLE: str(heart.path),
                     ERROR_FILE_VARIABLE: str(submission.with_name("error-node.json")),
                 }

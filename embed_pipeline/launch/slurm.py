@@ -27,6 +27,7 @@ from embed_pipeline.settings import LaunchSettings
 SCRIPT_FILE = "job.sbatch"
 LOG_FILE = "slurm.log"
 HEART_FILE = "heartbeat"
+RENDEZVOUS_FOLDER = "rendezvous"  # where the nodes meet; followed by the job's id, and how often it was requeued
 WAIT_SECONDS = 600  # for all nodes of an allocation, which Slurm starts together, to load torch
 _POLL_SECONDS = 2.0
 _OVER = {
@@ -76,33 +77,28 @@ def sbatch_script(entry_point: str, job_file: Path, processes: int, launch: Laun
     asked = "\n".join(
         f"#SBATCH --{key}" + (f"={shlex.quote(str(value))}" if value != "" else "") for key, value in options.items()
     )
-    # The shell fills these in.
-    rendezvous = Rendezvous("RENDEZVOUS_ID", "RENDEZVOUS_ENDPOINT", launch.nnodes, WAIT_SECONDS)
+    here = shlex.quote(str(folder))
+    meeting = f"{here}/{RENDEZVOUS_FOLDER}-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
+    several: dict[str, list[str]] = {}
+    if launch.nnodes > 1:
+        assert launch.network is not None
+        # The shell fills in what it knows.
+        rendezvous = Rendezvous("slurm", "MEETING", launch.nnodes, launch.network, WAIT_SECONDS)
+        several = {"rendezvous": rendezvous.options("NODE_RANK")}
     command = shlex.join(
-        torchrun_command(
-            entry_point,
-            job_file,
-            processes // launch.nnodes,
-            max_restarts=launch.max_restarts,
-            rendezvous=rendezvous.options(host="IS_HOST") if launch.nnodes > 1 else ("--standalone",),
-        )
+        torchrun_command(entry_point, job_file, processes // launch.nnodes, max_restarts=launch.max_restarts, **several)
     )
-    for word, filled in {
-        "RENDEZVOUS_ID": "${SLURM_JOB_ID}-${SLURM_RESTART_COUNT:-0}",
-        "RENDEZVOUS_ENDPOINT": "${SLURM_LAUNCH_NODE_IPADDR}:$((20000 + SLURM_JOB_ID % 20000))",
-        "IS_HOST": "$((SLURM_NODEID == 0))",
-    }.items():
-        command = command.replace(word, filled)
-    error_files = shlex.quote(str(folder)) + "/error*.json"
+    command = command.replace("rank=NODE_RANK", "rank=$SLURM_NODEID").replace("endpoint=MEETING", f"endpoint={meeting}")
     return f"""#!/bin/bash
 {asked}
 if [ "${{1:-}}" = node ]; then
-  export {ERROR_FILE_VARIABLE}={shlex.quote(str(folder))}/error-node-$SLURM_NODEID.json
+  export {ERROR_FILE_VARIABLE}={here}/error-node-$SLURM_NODEID.json
   exec {command}
 fi
 {launch.setup}
-rm -f {error_files}
-exec srun --kill-on-bad-exit=1 --ntasks-per-node=1 bash {shlex.quote(str(folder / SCRIPT_FILE))} node
+rm -f {here}/error*.json
+mkdir -m 700 {meeting}
+exec srun --kill-on-bad-exit=1 --ntasks-per-node=1 bash {here}/{SCRIPT_FILE} node
 """
 
 
@@ -136,6 +132,9 @@ def main(script: Path) -> int:
     except BaseException:
         _cancel(job)
         raise
+    finally:
+        for left in folder.glob(f"{RENDEZVOUS_FOLDER}-*"):
+            shutil.rmtree(left, ignore_errors=True)
     heart.path.unlink(missing_ok=True)
     if state == "COMPLETED":
         return 0
@@ -187,8 +186,8 @@ def _state(job: str) -> tuple[str, str]:
 def _cancel(job: str) -> None:
     """Cancel, and kill what does not end by itself."""
     with contextlib.suppress(OSError):
-        subprocess.run(["scancel", job], capture_output=True)
         deadline = time.monotonic() + SHUTDOWN_SECONDS
+        subprocess.run(["scancel", job], capture_output=True)
         while time.monotonic() < deadline:
             if _state(job)[0] in _OVER:
                 return

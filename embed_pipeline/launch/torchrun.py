@@ -12,29 +12,35 @@ from embed_pipeline.settings import LaunchSettings
 
 # Present where NVIDIA's driver (bare metal, WSL) or AMD's is; without one there is no need to import torch to count.
 GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
-# From SIGTERM to SIGKILL of a rank: time for a checkpoint, and short enough that nothing is left 15 seconds after a
-# cancel.
-SHUTDOWN_SECONDS = 8
+# From SIGTERM to SIGKILL of a rank: time for a checkpoint, and less than whoever launched torchrun waits for it
+# (`local.TERMINATE_SECONDS`), also on a busy machine.
+SHUTDOWN_SECONDS = 5
+
+
+RENDEZVOUS_BACKEND = "files"  # launch.rendezvous, as torchrun knows it
+# Every module that a job may run; a node takes no other from an announcement.
+EntryPoint = Literal[
+    "embed_pipeline.training.embedder", "embed_pipeline.training.reranker", "embed_pipeline.models.rank"
+]
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the agents of several nodes meet (torchrun's c10d rendezvous); one of them hosts it."""
+    """Where the agents of several nodes meet."""
 
     id: str
-    endpoint: str  # host:port
+    folder: Path | str  # of this user alone, which every node sees
     nnodes: int
+    network: str  # the nodes' own: its addresses, or the interface's name
     wait_seconds: int  # for all nodes to come
 
-    def options(self, *, host: bool | str) -> list[str]:
-        """`host`: whether this agent hosts it, or a word that a shell turns into 0 or 1."""
-        is_host = host if isinstance(host, str) else int(host)
+    def options(self, rank: int | str) -> list[str]:
+        """`rank`: this node's, or a word that a shell turns into it. Rank 0 of the job is on node 0."""
         return [
             f"--nnodes={self.nnodes}",
-            "--rdzv-backend=c10d",
             f"--rdzv-id={self.id}",
-            f"--rdzv-endpoint={self.endpoint}",
-            f"--rdzv-conf=is_host={is_host},join_timeout={self.wait_seconds}",
+            f"--rdzv-endpoint={self.folder}",
+            f"--rdzv-conf=rank={rank},network={self.network},join_timeout={self.wait_seconds}",
         ]
 
 
@@ -44,7 +50,7 @@ def torchrun_command(
     nproc_per_node: int,
     *,
     max_restarts: int = 0,
-    rendezvous: Sequence[str] = ("--standalone",),
+    rendezvous: Sequence[str] = ("--nnodes=1", "--rdzv-id=alone"),
     log_folder: Path | None = None,
 ) -> list[str]:
     """The command that does `job_file` (the only argument of module `entry_point`) in `nproc_per_node` processes.
@@ -54,6 +60,7 @@ def torchrun_command(
     """
     return [
         sys.executable, "-m", "embed_pipeline.launch.agent",
+        f"--rdzv-backend={RENDEZVOUS_BACKEND}",
         *rendezvous,
         f"--nproc-per-node={nproc_per_node}",
         f"--max-restarts={max_restarts}",

@@ -10,7 +10,7 @@ from typing import Literal
 import duckdb
 
 from embed_pipeline.errors import ArtifactError, ConfigurationError
-from embed_pipeline.tables import HARD_NEGATIVES_FILE, PASSAGES_FILE, QUERIES_FILE
+from embed_pipeline.tables import HARD_NEGATIVES_FILE, PASSAGES_FILE, QUERIES_FILE, connect
 
 Format = Literal["flag-embedding", "triplets", "tuples", "pairs"]
 
@@ -66,7 +66,7 @@ def export_negatives(
             raise ArtifactError(f"no {table.name} in {table.parent}: the source was not mined, or has another name")
     with (
         tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as work,
-        duckdb.connect(f"{work}/work.duckdb") as connection,
+        connect(f"{work}/work.duckdb") as connection,
     ):
         _load(connection, cleaned, negatives)
         fewest = 0 if format == "pairs" else 1
@@ -100,13 +100,13 @@ def _load(connection: duckdb.DuckDBPyConnection, cleaned: Path, negatives: Path)
     """Table `mined`: place, query, pos, neg (texts), pos_scores, neg_scores."""
     connection.execute(
         """CREATE TABLE texts AS SELECT passage_id, CASE WHEN coalesce(title, '') = '' THEN text
-               ELSE title || ' ' || text END AS text FROM read_parquet($passages)""",
+               ELSE title || ' ' || text END AS text FROM stored($passages)""",
         {"passages": str(cleaned / PASSAGES_FILE)},
     )
     connection.execute(
-        "CREATE VIEW hard AS SELECT *, file_row_number AS place FROM read_parquet('"
+        "CREATE VIEW hard AS SELECT *, file_row_number AS place FROM stored_in_order('"
         + str(negatives / HARD_NEGATIVES_FILE).replace("'", "''")
-        + "', file_row_number = true)"
+        + "')"
     )
     for name, ids in (("pos", "positive_ids"), ("neg", "negative_ids")):
         connection.execute(
@@ -118,7 +118,7 @@ def _load(connection: duckdb.DuckDBPyConnection, cleaned: Path, negatives: Path)
         """CREATE TABLE mined AS
            SELECT place, query, pos, coalesce(neg, []) AS neg, positive_teacher_scores AS pos_scores,
                negative_teacher_scores AS neg_scores
-           FROM hard JOIN read_parquet($queries) USING (query_id) JOIN pos_texts USING (place)
+           FROM hard JOIN stored($queries) USING (query_id) JOIN pos_texts USING (place)
            LEFT JOIN neg_texts USING (place)""",
         {"queries": str(cleaned / QUERIES_FILE)},
     )

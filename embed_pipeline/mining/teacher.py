@@ -54,7 +54,7 @@ class TeacherScores:
 
 def delivered_scores(cleaned: Path, collection: Collection) -> TeacherScores:
     """The scores that judgements came with."""
-    qrels = pq.read_table(cleaned / QRELS_FILE, columns=["query_id", "passage_id", "teacher_score"])
+    qrels = pq.read_table(cleaned / QRELS_FILE, columns=["query_id", "passage_id", "teacher_score"], partitioning=None)
     qrels = qrels.filter(pc.is_valid(qrels["teacher_score"]))
     query = pc.index_in(qrels["query_id"], pa.array(collection.query_ids, pa.string()))
     passage = pc.index_in(qrels["passage_id"], pa.array(collection.passage_ids, pa.string()))

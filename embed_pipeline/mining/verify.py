@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import duckdb
-
 from embed_pipeline.settings import MiningSettings
-from embed_pipeline.tables import HARD_NEGATIVES_FILE, PASSAGES_FILE, QRELS_FILE, QUERIES_FILE, WITHHELD_FILE
+from embed_pipeline.tables import HARD_NEGATIVES_FILE, PASSAGES_FILE, QRELS_FILE, QUERIES_FILE, WITHHELD_FILE, connect
 
 _NEGATIVES = """
 CREATE TEMP TABLE negative AS
@@ -71,9 +69,9 @@ def verify(folder: Path, cleaned: Path, settings: MiningSettings) -> list[str]:
     }
     limits = {"ratio": settings.max_score_ratio, "margin": settings.absolute_margin}
     violations = []
-    with duckdb.connect() as connection:
+    with connect() as connection:
         for name, path in tables.items():
-            connection.read_parquet(str(path)).create_view(name)
+            connection.sql("SELECT * FROM stored($path)", params={"path": str(path)}).create_view(name)
         connection.execute(_NEGATIVES)
         connection.execute(_POSITIVES)
         connection.execute(_KNOWN)

@@ -2,21 +2,32 @@
 
 What a block holds depends on the texts alone, so its rows are computed in the same batches by whichever process takes
 it, and what was done before a kill need not be done again.
+
+Every file ends with the SHA-256 of what stands before it, which numpy does not look at: one that a disk changed or cut
+short is told from what was written, set aside, and computed again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 64  # texts that a model is given at once
 # Texts of a block: a few batches, so that a kill costs seconds and the processes end together.
 BLOCK_SIZE = 8 * BATCH_SIZE
 TEXTS_FILE = "texts.arrow"
+_SEAL_BYTES = hashlib.sha256().digest_size
+_BYTES_PER_LOOK = 1 << 20
 
 Texts = tuple[Sequence[str], ...]
 """Columns of equal length: one of texts, or a query and a passage for each pair."""
@@ -50,18 +61,38 @@ def block_file(folder: Path, block: int) -> Path:
 
 def write_block(folder: Path, block: int, result: np.ndarray) -> None:
     """One block's rows in float32: whole or not at all, also after a power cut."""
+    content = io.BytesIO()
+    np.save(content, np.asarray(result, dtype=np.float32), allow_pickle=False)
     partial = folder / f"{block}.{os.getpid()}.partial"
     with partial.open("wb") as file:
-        np.save(file, np.asarray(result, dtype=np.float32))
+        file.write(content.getbuffer())
+        file.write(hashlib.sha256(content.getbuffer()).digest())
         file.flush()
         os.fsync(file.fileno())
     partial.replace(block_file(folder, block))
 
 
 def missing_blocks(folder: Path, count: int) -> list[int]:
-    """Which of `count` blocks are not there yet."""
-    there = {path.name for path in folder.glob("*.npy")}
-    return [block for block in range(count) if block_file(folder, block).name not in there]
+    """Which of `count` blocks are not there as they were written; what is there in their place is set aside."""
+    return [block for block in range(count) if not is_whole(block_file(folder, block))]
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file is there as it was written. One that is not is set aside, under a name that ends with .damaged."""
+    try:
+        with file.open("rb") as opened:
+            found, seal = _digest(opened, file.stat().st_size - _SEAL_BYTES), opened.read()
+        problem = None if found == seal else "its checksum does not fit"
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        problem = str(error)
+    if problem is None:
+        return True
+    aside = file.with_name(f"{file.name}.damaged")
+    file.replace(aside)
+    logger.warning("%s is not what was written (%s): it is set aside as %s", file, problem, aside.name)
+    return False
 
 
 def assemble(folder: Path, blocks: Sequence[np.ndarray], file: Path) -> None:
@@ -72,13 +103,26 @@ def assemble(folder: Path, blocks: Sequence[np.ndarray], file: Path) -> None:
     if not blocks:
         raise ValueError("nothing to assemble")
     rows = sum(map(len, blocks))
-    first = np.load(block_file(folder, 0), mmap_mode="r")
+    first = np.load(block_file(folder, 0), mmap_mode="r", allow_pickle=False)
     partial = file.with_name(f".{file.name}.partial")  # what a kill leaves is overwritten, not left lying
     whole = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(rows, *first.shape[1:]))
     for block, of_block in enumerate(blocks):
-        whole[of_block] = np.load(block_file(folder, block))
+        whole[of_block] = np.load(block_file(folder, block), allow_pickle=False)
     whole.flush()
+    with partial.open("r+b") as written:
+        written.write(_digest(written, partial.stat().st_size))
+        written.flush()
+        os.fsync(written.fileno())
     partial.replace(file)
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """SHA-256 of the next `size` bytes; reads no further."""
+    digest = hashlib.sha256()
+    while size > 0 and (part := file.read(min(size, _BYTES_PER_LOOK))):
+        digest.update(part)
+        size -= len(part)
+    return digest.digest()
 
 
 def write_texts(folder: Path, texts: Texts, blocks: Sequence[np.ndarray]) -> Path:

@@ -112,4 +112,4 @@ def _read(path: Path) -> pa.Table:
             f"no {path.name} in {path.parent}: expected the folder of a cleaned_pairs version. "
             "Materialise cleaned_pairs again"
         )
-    return pq.read_table(path)
+    return pq.read_table(path, partitioning=None)

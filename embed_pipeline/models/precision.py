@@ -1,16 +1,18 @@
-"""Which arithmetic to use on this machine."""
+"""Which arithmetic to use on this machine. Loads torch only where a GPU or a computation needs it."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
-
-import torch
 
 from embed_pipeline.settings import Precision
 
 ResolvedPrecision = Literal["float32", "bfloat16", "float16"]
+CPU_INFO = Path("/proc/cpuinfo")
+# What torch asks for before it computes in bfloat16 on a CPU (`mkldnn._is_mkldnn_bf16_supported`), and AMX itself.
+_BFLOAT16_FLAGS = {"avx512bw", "avx512vl", "avx512dq", "amx_tile", "amx_bf16"}
 
 
 def resolve_precision(precision: Precision, device: str) -> ResolvedPrecision:
@@ -18,13 +20,25 @@ def resolve_precision(precision: Precision, device: str) -> ResolvedPrecision:
     if precision != "auto":
         return precision
     if device.startswith("cuda"):
+        import torch
+
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    if device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_amx_tile_supported():
-        return "bfloat16"
-    return "float32"
+    return "bfloat16" if device == "cpu" and _cpu_has_bfloat16() else "float32"
+
+
+def _cpu_has_bfloat16() -> bool:
+    """As the kernel says: torch says the same, but takes seconds to load, and a recipe is asked for every time."""
+    try:
+        lines = CPU_INFO.read_text().splitlines()
+    except OSError:  # not Linux
+        return False
+    flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
+    return set(flags.split()) >= _BFLOAT16_FLAGS
 
 
 def default_device() -> str:
+    import torch
+
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -36,5 +50,7 @@ def autocast(precision: ResolvedPrecision, device: str) -> Iterator[None]:
     if precision == "float32":
         yield
         return
+    import torch
+
     with torch.autocast(device.split(":")[0], dtype=getattr(torch, precision)):
         yield

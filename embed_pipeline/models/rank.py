@@ -41,7 +41,7 @@ def main(job_file: Path) -> None:
 
 def _take_part(job: EncodingJob | ScoringJob | SearchJob, place: Place, pipes: PipesContext | None) -> None:
     if isinstance(job, SearchJob):
-        queries, passages = (np.load(path, mmap_mode="r") for path in (job.queries, job.passages))
+        queries, passages = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (job.queries, job.passages))
         search_share(queries, passages, job.top_k, job.folder, place.rank, place.world_size, device=place.device)
     else:
         _compute_share(job, place, pipes)

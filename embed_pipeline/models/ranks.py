@@ -18,12 +18,14 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from embed_pipeline.errors import ArtifactError
 from embed_pipeline.launch.job import Job
 from embed_pipeline.models.blocks import (
     BLOCK_SIZE,
     Texts,
     assemble,
     blocks_of,
+    is_whole,
     lengths_of,
     missing_blocks,
     of_rows,
@@ -78,19 +80,21 @@ class Ranks:
 
         `name`, under the folder, is what it is found by if it was made before. `work` computes one block in this
         process, `job` describes several for other processes: it is given their folder and the blocks' numbers. What was
-        killed goes on with the blocks that are missing. Two callers who want the same do it once.
+        killed goes on with the blocks that are missing. Two callers who want the same do it once. A file that is not
+        what was written is set aside and made again.
+
+        Raises ArtifactError where the storage does not give back what was just written.
         """
         if self.folder is None:
             with _timed(what, len(texts[0])):
                 return self._in_memory(texts, work, what, progress)
         file = self.folder / name()
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(file):
-                if not file.is_file():
-                    with _timed(what, len(texts[0])):
-                        self._on_disk(file, texts, work, job, what, progress)
-        return np.load(file, mmap_mode="r")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(file):
+            if not is_whole(file):
+                with _timed(what, len(texts[0])):
+                    self._on_disk(file, texts, work, job, what, progress)
+            return np.load(file, mmap_mode="r", allow_pickle=False)
 
     @staticmethod
     def _in_memory(texts: Texts, work: Callable[[Texts], np.ndarray], what: str, progress: bool) -> np.ndarray:
@@ -138,6 +142,12 @@ class Ranks:
             logger.info("%s: the other %d blocks in %d processes", what, len(missing), self.processes)
             write_texts(folder, texts, blocks)
             self._launch(job(folder.absolute(), tuple(missing)))
+        if missing := missing_blocks(folder, len(blocks)):
+            raise ArtifactError(
+                f"{what}: {len(missing)} of {len(blocks)} files in {folder} are not what was just written, so the "
+                "disk or its file system is failing. Put EMBED_PIPELINE_STORE on another one",
+                passing=True,
+            )
         assemble(folder, blocks, file)
         shutil.rmtree(folder)
 
@@ -222,12 +232,12 @@ def _bar(texts: int, what: str, progress: bool) -> tqdm:
 
 @contextmanager
 def _alone(file: Path) -> Iterator[None]:
-    """One process at a time makes `file`. The lock ends with its process, however that ends."""
+    """One process at a time reads or makes `file`. The lock ends with its process, however that ends."""
     lock = FileLock(file.with_suffix(".lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        logger.info("another process is computing %s: waiting for it", file.name)
+        logger.info("another process has %s: waiting for it", file.name)
         lock.acquire()
     try:
         yield
@@ -239,7 +249,7 @@ def _file_of(matrix: np.ndarray, otherwise: Path) -> Path:
     """The .npy file that `matrix` is memory-mapped from, whole; else one that is written for it."""
     if isinstance(matrix, np.memmap) and matrix.flags.c_contiguous and matrix.filename is not None:
         file = Path(matrix.filename)
-        if np.load(file, mmap_mode="r").shape == matrix.shape:
+        if np.load(file, mmap_mode="r", allow_pickle=False).shape == matrix.shape:
             return file
     np.save(otherwise, matrix)
     return otherwise

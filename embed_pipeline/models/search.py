@@ -81,9 +81,12 @@ def search_share(
 def read_shares(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     """What `search_share` left, memory-mapped, in the order of the passages: indices and scores of each share."""
     count = len(list(folder.glob(_SHARE_FILES[0].format("*"))))
-    return [
-        tuple(np.load(folder / name.format(share), mmap_mode="r") for name in _SHARE_FILES) for share in range(count)
-    ]
+
+    def mapped(name: str, share: int) -> np.ndarray:
+        return np.load(folder / name.format(share), mmap_mode="r", allow_pickle=False)
+
+    indices, scores = _SHARE_FILES
+    return [(mapped(indices, share), mapped(scores, share)) for share in range(count)]
 
 
 def merge_shares(shares: Sequence[tuple[np.ndarray, np.ndarray]], top_k: int) -> tuple[np.ndarray, np.ndarray]:

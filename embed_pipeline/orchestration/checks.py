@@ -11,6 +11,16 @@ from embed_pipeline.stages import Pipeline, negatives_of, trained_together
 from embed_pipeline.tables import HARD_NEGATIVES_FILE, source_folder
 
 
+def every_file_was_read(pipeline: Pipeline) -> list[str]:
+    own = pipeline.store.current("raw_pairs").report
+    reports = {None: own, **own["extra_sources"]}
+    return [
+        f"{'' if name is None else f'{name}: '}{one['source']}: {one['reason']}"
+        for name, report in reports.items()
+        for one in report["not_read"]
+    ]
+
+
 def splits_do_not_leak_and_rows_add_up(pipeline: Pipeline) -> list[str]:
     from embed_pipeline.cleaning.sources import read_reports, verify_sources
 
@@ -92,6 +102,12 @@ class Guard:
 
 
 GUARDS = (
+    Guard(
+        "raw_pairs",
+        every_file_was_read,
+        "Every data file where the YAML names one was read; else why not.",
+        blocking=False,
+    ),
     Guard(
         "cleaned_pairs",
         splits_do_not_leak_and_rows_add_up,

@@ -13,6 +13,7 @@ import dagster as dg
 from embed_pipeline.artifacts import Artifact, Produced
 from embed_pipeline.errors import UserError
 from embed_pipeline.launch.parent_death import end_with_parent
+from embed_pipeline.libraries import upgrades_since
 from embed_pipeline.tracking.journal import told_where, waiting
 from embed_pipeline.training.job import MODEL_FOLDER
 
@@ -44,6 +45,12 @@ def materialized(
         context.log.info(f"unchanged: version {artifact.version} ({made}) is used again, nothing was computed")
     else:
         context.log.info(f"published version {artifact.version} at {artifact.path}")
+    upgrades = upgrades_since(artifact)
+    if upgrades is not None:
+        context.log.warning(
+            f"version {artifact.version} was {upgrades}. It is used as it is; `retrain_after_library_upgrade` would "
+            "make it anew"
+        )
     links = {"mlflow": dg.MetadataValue.url(link)} if (link := artifact.manifest.runs.mlflow_link) else {}
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.content),
@@ -51,6 +58,7 @@ def materialized(
             **metadata,
             **links,
             **waiting_metadata(context, artifact.path.parents[1], artifact.manifest.asset),
+            **({"library_upgrades": upgrades} if upgrades else {}),
             "version": artifact.version,
             "reused": produced.reused,
             "folder": dg.MetadataValue.path(str(artifact.path)),

@@ -424,7 +424,7 @@ def _pair_length(folder: Path, trusted: bool) -> int:
 def _counts(folder: Path) -> dict[str, int]:
     """Rows by split of one source's cleaned tables."""
     file = folder / (QUERIES_FILE if (folder / QUERIES_FILE).is_file() else EXAMPLES_FILE)
-    splits = pq.read_table(file, columns=["split"])["split"]
+    splits = pq.read_table(file, columns=["split"], partitioning=None)["split"]
     return {split: int(pc.sum(pc.equal(splits, split)).as_py() or 0) for split in SPLITS}
 
 
@@ -446,7 +446,7 @@ def _examples(carded: Carded) -> list[tuple[str, list[str]]]:
             first.setdefault(query, passage)
         pairs = [(collection.queries[query], collection.texts[passage]) for query, passage in first.items()]
     else:
-        table = pq.read_table(folder / EXAMPLES_FILE, columns=["sentence1", "sentence2", "split"])
+        table = pq.read_table(folder / EXAMPLES_FILE, columns=["sentence1", "sentence2", "split"], partitioning=None)
         test = table.filter(pc.equal(table["split"], "test"))
         pairs = list(zip(test["sentence1"].to_pylist(), test["sentence2"].to_pylist(), strict=True))
     shown = pairs[:wanted]

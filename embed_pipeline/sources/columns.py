@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -174,10 +175,22 @@ def match_columns(file: SourceFile, delivered: Mapping[str, str], wanted: list[C
 
 
 def _missing(file: SourceFile, delivered: Mapping[str, str], column: Column) -> str:
+    names = ", ".join(sorted(delivered))
+    same = [name for name in delivered if _seen(name) == _seen(column.theirs)]
     folded = {name.lower(): name for name in delivered}
     near = difflib.get_close_matches(column.theirs.lower(), folded, n=1, cutoff=0.5)
     hint = f" Did you mean '{folded[near[0]]}'?" if near else ""
+    if same:
+        hint = (
+            f" {same[0]!a} looks the same as {column.theirs!a} and is not: rename the column in the file, or "
+            "copy its name into the YAML"
+        )
     return (
-        f"{file.path}: no column '{column.theirs}' ({column.setting}). It has: {', '.join(sorted(delivered))}.{hint} "
+        f"{file.path}: no column '{column.theirs}' ({column.setting}). It has: {names}.{hint} "
         f"Name the right one in the YAML: {column.setting}: <column>"
     )
+
+
+def _seen(name: str) -> str:
+    """A name as it looks: composed, without margins and invisible characters."""
+    return "".join(c for c in unicodedata.normalize("NFC", name) if unicodedata.category(c) not in ("Cc", "Cf")).strip()

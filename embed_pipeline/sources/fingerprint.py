@@ -29,7 +29,7 @@ class FileState(BaseModel):
 
 
 def look(sources: Sequence[SourceSettings], yaml_folder: Path) -> tuple[FileState, ...]:
-    """The state of each raw file of all sources, in reading order; opens none.
+    """The state of each raw file of all sources, in reading order; opens none (but the log of a Delta table).
 
     Raises ConfigurationError where a path matches nothing, OSError where a file was removed in this very moment.
     """
@@ -47,15 +47,14 @@ def fingerprint(
     """One entry a raw file in reading order: `key`, `source` (its name), `bytes`, `sha256` of its content.
 
     Files are streamed, but for those whose SHA-256 is `known` for the state they are in. Raises ConfigurationError
-    where a path matches nothing, OSError where a file cannot be read.
+    where a path matches nothing, SourceError where a file cannot be read, FileNotFoundError where it is gone.
     """
     entries: list[Entry] = []
     for file in (file for source in sources for file in source_files(source, yaml_folder)):
         state = _state(file)
         digest = (known or {}).get(state)
         if digest is None:
-            with file.path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = _sha256(file.path)
         entries.append({"key": file.key, "source": file.name, "bytes": state.bytes, "sha256": digest})
     return entries
 
@@ -83,6 +82,16 @@ def refuse_changed(before: Sequence[Entry], sources: Sequence[SourceSettings], y
         f"{', '.join(names[:SHOWN])}{' ...' if len(names) > SHOWN else ''} (in {yaml_folder}) changed while it was "
         "read: what was read may be neither the old nor the new content. Run again when the export is finished"
     )
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _state(file: SourceFile) -> FileState:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from embed_pipeline.errors import ConfigurationError, SourceError
 from embed_pipeline.losses import EXAMPLE_KINDS
 from embed_pipeline.settings import EncodingSettings, SourceSettings
 from embed_pipeline.sources import flag_embedding
-from embed_pipeline.sources.check import Key, SourceFile, source_files
+from embed_pipeline.sources.check import Key, NotRead, SourceFile, find_files, folder_values
 from embed_pipeline.sources.columns import (
     Column,
     as_further_negatives,
@@ -25,9 +26,12 @@ from embed_pipeline.sources.columns import (
     negative_columns,
     wanted_columns,
 )
-from embed_pipeline.tables import RAW, RAW_EXAMPLES, RAW_EXAMPLES_FILE, RAW_FILE, write_stream
+from embed_pipeline.tables import RAW, RAW_EXAMPLES, RAW_EXAMPLES_FILE, RAW_FILE, connect, write_stream
+
+logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 20_000
+NUMBERS = "file_row_number"
 MAGIC = b"PAR1"
 
 
@@ -40,12 +44,16 @@ class ReadFile(BaseModel):
     columns: dict[str, str]
     relevance: float | None = None  # of all its rows, where no column gives it
     prompt: str | None = None  # that its lines carry (flag-embedding)
+    folders: dict[
+        str, str | None
+    ] = {}  # our column -> what a folder `key=value` says for all rows, where no column does
 
 
 class SourceReport(BaseModel):
     rows: int
     rows_by_kind: dict[str, int]
     files: list[ReadFile]
+    not_read: list[NotRead]
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class _Part:
     file: SourceFile
     described: ReadFile
     wanted: list[Column]
+    numbers_itself: bool = False  # it has a column named as the one in which DuckDB numbers rows
 
 
 def raw_table(settings: SourceSettings) -> tuple[str, pa.Schema]:
@@ -68,23 +77,29 @@ def read_sources(settings: SourceSettings, yaml_folder: Path, out: Path) -> Sour
 
     A row has one text that is judged, so what comes with several is several rows: the negatives of a triplets file
     besides the first have `FILE#COLUMN` as their source, the texts of a FlagEmbedding line `FILE#pos[0]`, `FILE#neg[2]`
-    (rows are lines from 0, those without anything on them not counted).
+    (rows are lines from 0, those without anything on them not counted). A column that a file lacks is taken from a
+    folder `key=value` in its name; the file's own column goes before it.
 
+    What the YAML names and is not read, such as a file without rows beside others, is told in the report and logged.
     Files are streamed through DuckDB. Raises ConfigurationError where a path matches nothing, SourceError naming file
     and column (or line) where a file is not of the format it must be, is damaged or empty, lacks a column, or holds the
     wrong type. A null text in single rows is left to cleaning; a required column that is null in every row is an error.
     """
     name, schema = raw_table(settings)
-    with duckdb.connect() as connection:
+    with connect() as connection:
         # All files are looked at before the first is read, so that a mistake is known after seconds.
-        parts = [part for file in source_files(settings, yaml_folder) for part in _inspect(connection, settings, file)]
+        found = find_files(settings, yaml_folder)
+        parts, empty = _inspect_all(connection, settings, found.files)
         batches = (batch for part in parts for batch in _rows(connection, part, schema))
         rows = write_stream(batches, schema, out / name)
         _refuse_columns_without_values(connection, out / name, schema, parts)
     by_kind: dict[str, int] = {}
     for part in parts:
         by_kind[part.described.kind] = by_kind.get(part.described.kind, 0) + part.described.rows
-    return SourceReport(rows=rows, rows_by_kind=by_kind, files=[part.described for part in parts])
+    not_read = [*found.not_read, *empty]
+    for one in not_read:
+        logger.warning("%s.%s: %s is not read: %s", settings.where, one.key, one.source, one.reason)
+    return SourceReport(rows=rows, rows_by_kind=by_kind, files=[part.described for part in parts], not_read=not_read)
 
 
 def refuse_other_prompts(files: Sequence[ReadFile], encoding: EncodingSettings) -> None:
@@ -102,12 +117,43 @@ def refuse_other_prompts(files: Sequence[ReadFile], encoding: EncodingSettings) 
             )
 
 
+def _inspect_all(
+    connection: duckdb.DuckDBPyConnection, settings: SourceSettings, files: Sequence[SourceFile]
+) -> tuple[list[_Part], list[NotRead]]:
+    """What is read of the files, and those without rows: a job writes such a part where it had nothing to write."""
+    parts: list[_Part] = []
+    empty: list[NotRead] = []
+    for key in dict.fromkeys(file.key for file in files):
+        of_key = [file for file in files if file.key == key]
+        inspected = {file: _inspect(connection, settings, file) for file in of_key}
+        if not any(inspected.values()):
+            others = f" (and {len(of_key) - 1} more)" if len(of_key) > 1 else ""
+            raise SourceError(f"{of_key[0].path}{others}: no rows. Build the file again, or leave it out")
+        parts += [part for found in inspected.values() for part in found]
+        empty += [NotRead(key=key, source=f.name, reason="no rows") for f, found in inspected.items() if not found]
+    return parts, empty
+
+
 def _inspect(connection: duckdb.DuckDBPyConnection, settings: SourceSettings, file: SourceFile) -> list[_Part]:
+    """Nothing where the file has no rows."""
+    try:
+        return _parts(connection, settings, file)
+    except OSError as error:
+        raise SourceError(f"{file.path}: cannot be read: {error.strerror}") from error
+
+
+def _parts(connection: duckdb.DuckDBPyConnection, settings: SourceSettings, file: SourceFile) -> list[_Part]:
     if settings.kind == "flag-embedding" and file.key == "path":
         found = flag_embedding.describe(connection, file.path, _exactly(file))
-        told = ReadFile(source=file.name, kind="pair", rows=found.rows, columns=found.columns, prompt=found.prompt)
-        return [_Part(file, told, [])]
+        told_by_folders = folder_values(file.name)
+        split = {"split": told_by_folders["split"]} if "split" in told_by_folders else {}
+        told = ReadFile(
+            source=file.name, kind="pair", rows=found.rows, columns=found.columns, prompt=found.prompt, folders=split
+        )
+        return [_Part(file, told, [])] if found.rows else []
     delivered, rows = _describe(connection, file)
+    if rows == 0:
+        return []
     wanted, kind = wanted_columns(settings, file.key), _kind(settings, file.key)
     if kind != "triplet":
         return [_part(file, file.name, kind, rows, delivered, wanted)]
@@ -128,17 +174,49 @@ def _part(
     wanted: list[Column],
     relevance: float | None = None,
 ) -> _Part:
-    columns = match_columns(file, delivered, wanted)
-    return _Part(file, ReadFile(source=source, kind=kind, rows=rows, columns=columns, relevance=relevance), wanted)
+    told = folder_values(file.name)
+    for key in sorted(told.keys() & delivered.keys() & {column.theirs for column in wanted}):
+        logger.warning("%s: its column '%s' goes before the folder %s=%s", file.name, key, key, told[key])
+    folders = {column.ours: told[column.theirs] for column in wanted if column.theirs in told.keys() - delivered.keys()}
+    _refuse_folders_without_numbers(file, wanted, folders)
+    wanted = [column for column in wanted if column.ours not in folders]
+    described = ReadFile(
+        source=source,
+        kind=kind,
+        rows=rows,
+        columns=match_columns(file, delivered, wanted),
+        relevance=relevance,
+        folders=folders,
+    )
+    return _Part(file, described, wanted, NUMBERS in {name.lower() for name in delivered})
+
+
+def _refuse_folders_without_numbers(
+    file: SourceFile, wanted: Sequence[Column], folders: Mapping[str, str | None]
+) -> None:
+    for column in wanted:
+        value = folders.get(column.ours)
+        if column.holds == "number" and value is not None:
+            try:
+                float(value)
+            except ValueError as error:
+                raise SourceError(
+                    f"{file.path}: the file has no column '{column.theirs}' ({column.setting}), and the folder "
+                    f"{column.theirs}={value} is no number"
+                ) from error
 
 
 def _describe(connection: duckdb.DuckDBPyConnection, file: SourceFile) -> tuple[dict[str, str], int]:
     """Column -> DuckDB type, and the number of rows, of a parquet file."""
     _refuse_other_formats(file)
     try:
-        described = connection.execute("DESCRIBE SELECT * FROM read_parquet($path)", {"path": _exactly(file)})
+        described = connection.execute(
+            "DESCRIBE SELECT * FROM read_parquet($path, hive_partitioning = false)", {"path": _exactly(file)}
+        )
         delivered = {str(row[0]): str(row[1]) for row in described.fetchall()}
-        counted = connection.execute("SELECT count(*) FROM read_parquet($path)", {"path": _exactly(file)})
+        counted = connection.execute(
+            "SELECT count(*) FROM read_parquet($path, hive_partitioning = false)", {"path": _exactly(file)}
+        )
         rows = int(counted.fetchall()[0][0])
         names = pq.read_schema(file.path).names
     except (duckdb.Error, pa.ArrowException) as error:
@@ -148,9 +226,23 @@ def _describe(connection: duckdb.DuckDBPyConnection, file: SourceFile) -> tuple[
         raise SourceError(
             f"{file.path}: two columns have the same name, letter case aside: {names}. Rename one of them"
         )
-    if rows == 0:
-        raise SourceError(f"{file.path}: no rows. Remove the file, or build it again")
     return delivered, rows
+
+
+_OTHER_FORMATS = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself. Fetch it: git lfs pull",
+    b"PARE": "encrypted parquet. Write it without encryption",
+    b"\x1f\x8b": "compressed (gzip), expected parquet, which is compressed within. Unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd), expected parquet, which is compressed within. Unpack it",
+    b"PK\x03\x04": "a zip archive or a spreadsheet, expected parquet. Unpack or convert it",
+    b"ARROW1": "Arrow or Feather, expected parquet. Convert it: pandas.read_feather(...).to_parquet(...)",
+    b"ORC": "ORC, expected parquet. Convert it: pandas.read_orc(...).to_parquet(...)",
+    b"Obj\x01": "Avro, expected parquet. Convert it",
+    b"{": "JSON, expected parquet. Convert it: pandas.read_json(..., lines=True).to_parquet(...)",
+    b"[": "JSON, expected parquet. Convert it: pandas.read_json(...).to_parquet(...)",
+    b"<": "HTML or XML, expected parquet: a page in place of the file? Download it again",
+}
+_LONGEST = 64
 
 
 def _refuse_other_formats(file: SourceFile) -> None:
@@ -158,10 +250,14 @@ def _refuse_other_formats(file: SourceFile) -> None:
     if size == 0:
         raise SourceError(f"{file.path}: the file is empty (0 bytes), expected parquet")
     with file.path.open("rb") as stream:
-        head = stream.read(len(MAGIC))
+        start = stream.read(_LONGEST).lstrip()
+        head = start[: len(MAGIC)]
         stream.seek(max(0, size - len(MAGIC)))
         tail = stream.read()
     if head != MAGIC:
+        for magic, told in _OTHER_FORMATS.items():
+            if start.startswith(magic):
+                raise SourceError(f"{file.path}: {told}")
         raise SourceError(
             f"{file.path}: not a parquet file (it starts with {head!r}, expected {MAGIC!r}). Convert it, e.g. "
             "pandas.read_csv(...).to_parquet(...)"
@@ -182,11 +278,21 @@ def _rows(connection: duckdb.DuckDBPyConnection, part: _Part, schema: pa.Schema)
         if described.relevance is not None:
             ours["relevance"] = str(described.relevance)
         parameters |= {"kind": described.kind} if "kind" in schema.names else {}
-        rows = "read_parquet($path, file_row_number = true)"
+        for number, (column, value) in enumerate(described.folders.items()):
+            ours[column] = f"$folder{number}"
+            parameters[f"folder{number}"] = value
+        rows = "read_parquet($path, file_row_number = true, hive_partitioning = false)"
+        if part.numbers_itself:  # slower: in one thread
+            ours["row_number"] = '"row number of ours"'
+            rows = """(SELECT row_number() OVER () - 1 AS "row number of ours", *
+                       FROM read_parquet($path, hive_partitioning = false))"""
     else:
         rows = f"({flag_embedding.ROWS})"
         given = ("source", "row_number", "kind", "query", "passage", "relevance", "teacher_score")
         ours = {name: name for name in given}
+        if "split" in described.folders:
+            ours["split"] = "$split"
+            parameters["split"] = described.folders["split"]
     selected = ", ".join(f"CAST({ours.get(f.name, 'NULL')} AS {_TYPES[f.type]}) AS {f.name}" for f in schema)
     try:
         yield from connection.sql(f"SELECT {selected} FROM {rows}", params=parameters).to_arrow_reader(BATCH_ROWS)
@@ -202,7 +308,7 @@ def _refuse_columns_without_values(
 ) -> None:
     names = [name for name in schema.names if name not in ("source", "row_number", "kind")]
     counts = connection.execute(
-        f"SELECT source, {', '.join(f'count({name})' for name in names)} FROM read_parquet($path) GROUP BY source",
+        f"SELECT source, {', '.join(f'count({name})' for name in names)} FROM stored($path) GROUP BY source",
         {"path": str(raw_file)},
     ).fetchall()
     filled = {row[0]: dict(zip(names, row[1:], strict=True)) for row in counts}
@@ -229,4 +335,8 @@ def _exactly(file: SourceFile) -> list[str]:
 
 def _damaged(file: SourceFile, error: Exception) -> str:
     said = str(error).splitlines()[0]
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return f"{file.path}: too large for the memory there is ({said}). Write it with smaller row groups"
+    if "not valid UTF8" in said or isinstance(error, UnicodeDecodeError):
+        return f"{file.path}: a text is not UTF-8 ({said}). Write the column anew, decoded by the encoding it is in"
     return f"{file.path}: cannot be read as parquet, it seems damaged. DuckDB says: {said}. Copy or build it again"

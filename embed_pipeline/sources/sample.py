@@ -6,7 +6,7 @@ from pathlib import Path
 
 import duckdb
 
-from embed_pipeline.tables import RAW, RAW_EXAMPLES, RAW_EXAMPLES_FILE, RAW_FILE, write_stream
+from embed_pipeline.tables import RAW, RAW_EXAMPLES, RAW_EXAMPLES_FILE, RAW_FILE, connect, write_stream
 
 SPLIT_SHARES = {"train": 0.7, "dev": 0.1, "test": 0.2}  # of the questions, where the rows come with splits
 OTHER_SHARE = 0.1
@@ -24,9 +24,9 @@ def sample_rows(folder: Path, queries: int, seed: int) -> dict[str, int]:
         return _sample_examples(folder, queries, seed)
     whole = folder / f"whole.{RAW_FILE}"
     (folder / RAW_FILE).rename(whole)
-    with duckdb.connect() as connection:
+    with connect() as connection:
         quoted = str(whole).replace("'", "''")  # a view takes no parameters
-        connection.execute(f"CREATE VIEW raw AS SELECT * FROM read_parquet('{quoted}', file_row_number = true)")
+        connection.execute(f"CREATE VIEW raw AS SELECT * FROM stored_in_order('{quoted}')")
         _choose_queries(connection, queries, seed)
         _choose_passages(connection, queries, seed)
         columns = ", ".join(RAW.names)
@@ -38,7 +38,7 @@ def sample_rows(folder: Path, queries: int, seed: int) -> dict[str, int]:
         )
         write_stream(kept.to_arrow_reader(BATCH_ROWS), RAW, folder / RAW_FILE)
         counted = connection.execute(
-            "SELECT kind, count(*) FROM read_parquet(?) GROUP BY kind ORDER BY kind", [str(folder / RAW_FILE)]
+            "SELECT kind, count(*) FROM stored(?) GROUP BY kind ORDER BY kind", [str(folder / RAW_FILE)]
         ).fetchall()
     whole.unlink()
     return {str(kind): int(rows) for kind, rows in counted}
@@ -49,11 +49,11 @@ def _sample_examples(folder: Path, rows: int, seed: int) -> dict[str, int]:
     (folder / RAW_EXAMPLES_FILE).rename(whole)
     shares = " ".join(f"WHEN '{split}' THEN {share}" for split, share in SPLIT_SHARES.items())
     taken = f"CASE WHEN splits = 1 THEN 1.0 ELSE CASE told {shares} ELSE {OTHER_SHARE} END END"
-    with duckdb.connect() as connection:
+    with connect() as connection:
         kept = connection.sql(
             f"""WITH delivered AS (
                     SELECT *, lower(trim(coalesce(split, ''))) AS told
-                    FROM read_parquet($whole, file_row_number = true)
+                    FROM stored_in_order($whole)
                 ), ranked AS (
                     SELECT *, (SELECT count(DISTINCT told) FROM delivered) AS splits,
                         row_number() OVER (PARTITION BY told ORDER BY lot, file_row_number) AS rank

@@ -9,6 +9,7 @@ is what a rollback goes back to, `challenger` is the last candidate that did not
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embed_pipeline.artifacts import Artifact, PipelineStore
+from embed_pipeline.artifacts import Artifact, PipelineStore, sha256_of
 from embed_pipeline.champions import Champion, RegisteredModel, models_of, pointer
 from embed_pipeline.errors import ModelError, TrackingError
 from embed_pipeline.evaluation.parity import Parity, read_parity
@@ -49,6 +50,7 @@ Aliases = Mapping[tuple[str, str], str | None]
 # What a machine needs to load the models, in the versions that they were evaluated with.
 PACKAGES = ("mlflow", "numpy", "pandas", "sentence-transformers", "torch", "transformers")
 TAG = "embed_pipeline."
+_FILES_TAG = f"{TAG}files"  # of a version: the digest of its files
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Registry:
         tags = " and ".join(f"tags.`{TAG}{key}` = '{value}'" for key, value in wanted.items())
         with _answering():
             found = self._client.search_model_versions(f"name = '{name}' and {tags}")
+        found = [version for version in found if _FILES_TAG in version.tags]  # else it could not be checked
         newest = max(found, key=lambda version: int(version.version), default=None)
         return None if newest is None else RegisteredModel(name=name, version=str(newest.version))
 
@@ -127,6 +130,7 @@ class Registry:
             )
             saved = Path(folder) / name
             save(model, saved, parity, described, trusted=trusts_code(store, model))
+            tags[_FILES_TAG] = _files_digest(saved)
             client.log_model_artifacts(logged.model_id, str(saved))
             client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
             client.log_outputs(tracked.run_id, [LoggedModelOutput(logged.model_id, step=0)])
@@ -149,15 +153,17 @@ class Registry:
     def check(self, embedder: RegisteredModel, reranker: RegisteredModel | None, parity: Parity) -> float:
         """Load them as a user would and compare what they give with what was evaluated: the largest difference.
 
-        Raises ModelError when one cannot be loaded or differs by more than the tolerance.
+        A model brings Python code with it, so its files are compared with what was registered first.
+
+        Raises ModelError when one is not what was registered, cannot be loaded or differs by more than the tolerance.
         """
         with tempfile.TemporaryDirectory() as folder:
-            model = _loading(embedder, lambda: self._load_embedder(embedder.uri, folder))
+            model = _loading(embedder, lambda: self._load_embedder(self._download(embedder, folder)))
             largest = parity.check_embedder(model, f"{embedder.uri} as MLflow loads it")
         if reranker is None:
             return largest
         with tempfile.TemporaryDirectory() as folder:
-            score = _loading(reranker, lambda: self._load_reranker(reranker.uri, folder))
+            score = _loading(reranker, lambda: self._load_reranker(self._download(reranker, folder)))
             return max(largest, parity.check_reranker(score, f"{reranker.uri} as MLflow loads it"))
 
     def aliases(self, names: Sequence[str]) -> Aliases:
@@ -213,19 +219,38 @@ class Registry:
         metrics = [Metric(valid_name(name), value, now, 0, model_id=model_id) for name, value in figures.items()]
         self._client.log_batch(tracked.run_id, metrics=metrics)
 
+    def _download(self, model: RegisteredModel, folder: str) -> str:
+        """Its files as they were registered; raises ModelError where they are others."""
+        import mlflow
+
+        registered = self._client.get_model_version(model.name, model.version).tags.get(_FILES_TAG)
+        files: str = mlflow.artifacts.download_artifacts(artifact_uri=model.uri, dst_path=folder)
+        if _files_digest(Path(files)) != registered:
+            raise ModelError("its files are not those that were registered, so none of them was loaded")
+        return files
+
     @staticmethod
-    def _load_embedder(uri: str, folder: str) -> SentenceTransformer:
+    def _load_embedder(folder: str) -> SentenceTransformer:
         import mlflow.sentence_transformers
 
-        return mlflow.sentence_transformers.load_model(uri, dst_path=folder)
+        return mlflow.sentence_transformers.load_model(folder)
 
     @staticmethod
-    def _load_reranker(uri: str, folder: str) -> Callable[[Sequence[tuple[str, str]]], Any]:
+    def _load_reranker(folder: str) -> Callable[[Sequence[tuple[str, str]]], Any]:
         import mlflow.pyfunc
         import pandas as pd
 
-        model = mlflow.pyfunc.load_model(uri, dst_path=folder)
+        model = mlflow.pyfunc.load_model(folder)
         return lambda pairs: model.predict(pd.DataFrame(pairs, columns=["query", "passage"]), params={"batch_size": 1})
+
+
+def _files_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model's files, but for the note that a download adds."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "registered_model_meta":
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_of(path)}\0".encode())
+    return digest.hexdigest()
 
 
 def load_lines(store: PipelineStore, champion: Champion) -> str:

@@ -37,7 +37,9 @@ from embed_pipeline.tracking.server import fail_in_seconds, tracking_uri, ui_add
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED_SECONDS = 10.0  # whoever interrupts waits
+# Whoever cancels waits: a job has `launch.local.TERMINATE_SECONDS` and KILL_SECONDS to end before, and all of it stays
+# below 15. What MLflow was not told by then waits in the store.
+INTERRUPTED_SECONDS = 5.0
 
 
 class TrackedRun:

@@ -80,9 +80,11 @@ class Checkpoints(TrainerCallback):
 
     def resume(self) -> str | None:
         """The newest checkpoint, for `Trainer.train`; what is not the Trainer's own is taken up here."""
-        found: Path | None = from_main(self._newest() if self.is_main else None)
-        if found is None:
+        newest = self._newest() if self.is_main else None
+        name = from_main(newest and newest.name)
+        if name is None:
             return None
+        found = self.folder / name
         told = json.loads((found / _PROGRESS).read_text())
         self.epoch, self.steps = told["epoch"], told["steps"]
         self.steps_before, self.seconds_before = told["step"], told["seconds"]

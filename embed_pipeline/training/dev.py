@@ -23,7 +23,7 @@ from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.tables import extra_folder
 from embed_pipeline.training.dev_set import EmbedderDevSet, RerankerDevSet
 from embed_pipeline.training.job import EmbedderJob, RerankerJob, TrainingJob
-from embed_pipeline.training.process import Rank, from_all
+from embed_pipeline.training.process import Rank, arrays_from_all
 
 
 def dev_metric(job: EmbedderJob) -> str:
@@ -128,11 +128,11 @@ class _Together(Ranks):
     ) -> np.ndarray:
         blocks = blocks_of(lengths_of(texts), BATCH_SIZE)
         mine = range(self.rank.rank, len(blocks), self.rank.world_size)
-        shares = from_all({block: work(of_rows(texts, blocks[block])) for block in mine})
-        rows = [(blocks[block], found) for share in shares for block, found in share.items()]
-        whole = np.empty((len(texts[0]), *rows[0][1].shape[1:]), dtype=np.float32)
-        for of_block, found in rows:
-            whole[of_block] = found
+        shares = arrays_from_all([work(of_rows(texts, blocks[block])) for block in mine])
+        whole = np.empty((len(texts[0]), *shares[0][0].shape[1:]), dtype=np.float32)
+        for number, share in enumerate(shares):
+            for of_block, found in zip(blocks[number :: self.rank.world_size], share, strict=True):
+                whole[of_block] = found
         return whole
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from operator import methodcaller
+from typing import TypeVar
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -16,7 +21,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.training_args import ParallelMode
 
 from embed_pipeline.errors import TrainingError
-from embed_pipeline.launch.rank import Place, take_place
+from embed_pipeline.launch.rank import Place, meet, take_place
 from embed_pipeline.models.precision import ResolvedPrecision, resolve_precision
 from embed_pipeline.training.hardware import Hardware, look
 from embed_pipeline.training.job import TrainingJob
@@ -43,12 +48,7 @@ def start_rank(job: TrainingJob) -> Rank:
     set_seed(job.seed)
     # Processes that load rows are forked after the tokenizer ran, and it would warn that it cannot use threads there.
     os.register_at_fork(after_in_child=lambda: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false"))
-    if place.world_size > 1 and not torch.distributed.is_initialized():
-        # Before accelerate does, which gives a CPU's processes no other time than torch's own.
-        torch.distributed.init_process_group(
-            "nccl" if place.device.startswith("cuda") else "gloo",
-            timeout=timedelta(minutes=job.settings.collective_timeout_minutes),
-        )
+    meet(place, timedelta(minutes=job.settings.collective_timeout_minutes))
     hardware = look(place.device, place.threads)
     return Rank(place.rank, place.world_size, place.device, place.threads, precision, hardware)
 
@@ -74,21 +74,44 @@ def check_same_weights(model: nn.Module) -> None:
 
 
 def from_main(value: T) -> T:
-    """Rank 0's `value`, on every rank."""
-    if not torch.distributed.is_initialized():
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    """Rank 0's `value`, on every rank: numbers, texts, lists and dicts by text, as JSON has them."""
+    return from_all(value)[0]
 
 
 def from_all(value: T) -> list[T]:
-    """Every rank's `value`, on every rank; returns when each has come here."""
+    """Every rank's `value` (see `from_main`), on every rank; returns when each has come here."""
     if not torch.distributed.is_initialized():
         return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
+    mine = json.dumps(value, default=methodcaller("item"))  # of numpy's numbers
+    return [json.loads(told) for told in _bytes_from_all(mine.encode())]
+
+
+def arrays_from_all(arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """Every rank's arrays of numbers, on every rank, bit by bit."""
+    if not torch.distributed.is_initialized():
+        return [list(arrays)]
+    buffer = io.BytesIO()
+    np.savez(buffer, *arrays)
+    of_all = []
+    for told in _bytes_from_all(buffer.getvalue()):
+        with np.load(io.BytesIO(told), allow_pickle=False) as loaded:
+            of_all.append([loaded[f"arr_{number}"] for number in range(len(loaded.files))])
+    return of_all
+
+
+def _bytes_from_all(mine: bytes) -> list[bytes]:
+    """Every rank's bytes. Not torch's own collectives for objects: they unpickle what comes over the network."""
+    world_size = torch.distributed.get_world_size()
+    device = torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    size = torch.tensor([len(mine)], device=device)
+    sizes = [torch.empty_like(size) for _ in range(world_size)]
+    torch.distributed.all_gather(sizes, size)
+    lengths = [int(one) for one in sizes]
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+    padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device)
+    of_all = [torch.empty_like(padded) for _ in range(world_size)]
+    torch.distributed.all_gather(of_all, padded)
+    return [one[:length].cpu().numpy().tobytes() for one, length in zip(of_all, lengths, strict=True)]
 
 
 def wait() -> None:

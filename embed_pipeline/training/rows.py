@@ -131,7 +131,7 @@ def negatives_to_draw_from(query: TrainingQuery, group_size: int, random_negativ
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """The parquet table at `path`. Raises TrainingError when it is not there or not readable."""
     try:
-        return pq.read_table(path, columns=columns)
+        return pq.read_table(path, columns=columns, partitioning=None)
     except (OSError, pa.ArrowInvalid) as error:
         raise TrainingError(f"cannot read {path}, which the job names: {error}. Materialize its stage again") from error
 

@@ -65,7 +65,7 @@ def train(
     """
     trainer, settings = prepared.trainer, job.settings
     check_synchronised(trainer.args, rank)
-    report = from_main(check_data(job, prepared.model, sources) if rank.is_main else DataReport({}, []))
+    report = DataReport(**from_main(asdict(check_data(job, prepared.model, sources)) if rank.is_main else {}))
     evaluation = DevEvaluation(
         measure,
         metric,

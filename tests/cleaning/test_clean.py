@@ -39,7 +39,6 @@ BAD_ROWS: dict[str, tuple[list[Row], dict[int, str]]] = {
     "query is the passage": ([{"query": "Same Text", "passage": "same  text\n"}], {0: "query_equals_passage"}),
     "NaN relevance": ([{"query": "why so", "passage": P, "relevance": float("nan")}], {0: "invalid_relevance"}),
     "infinite": ([{"query": "why so", "passage": P, "relevance": float("inf")}], {0: "invalid_relevance"}),
-    "strange split": ([{"query": "why so", "passage": P, "split": "holdout"}], {0: "invalid_split"}),
     "duplicate": (
         [{"query": "why so", "passage": P}, {"query": "why  so", "passage": f" {P}"}],
         {1: "duplicate"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from embed_pipeline.cleaning.examples import ExamplesReport, clean_examples
 from embed_pipeline.cleaning.verify import verify_examples
@@ -62,7 +64,7 @@ def cleaned(rows: Iterable[Row], kind: str = "scored", cleaning: Any = None, **t
             report,
             examples.to_pylist(),
             {row["row_number"]: row["reason"] for row in rejected},
-            verify_examples(out, settings, report.apart, raw),
+            verify_examples(out, settings, report.apart, raw, told_cleaning.missing_texts),
             (out / EXAMPLES_FILE).read_bytes(),
         )
 
@@ -95,7 +97,10 @@ BAD = {
     "no score": ("scored", [{"sentence1": A, "sentence2": B}], {0: "invalid_score"}),
     "NaN": ("scored", [{"sentence1": A, "sentence2": B, "score": float("nan")}], {0: "invalid_score"}),
     "outside": ("scored", [{"sentence1": A, "sentence2": B, "score": 1.2}], {0: "score_out_of_range"}),
-    "split": ("scored", [{"sentence1": A, "sentence2": B, "score": 1.0, "split": "x"}], {0: "invalid_split"}),
+    "a missing sentence": ("scored", [{"sentence1": "nan", "sentence2": B, "score": 1.0}], {0: "missing_text"}),
+    "a missing second": ("parallel", [{"sentence1": A, "sentence2": " <NA> "}], {0: "missing_text"}),
+    "a missing label": ("labelled", [{"sentence1": A, "sentence2": B, "label": "nan"}], {0: "missing_label"}),
+    "blank": ("scored", [{"sentence1": "\u3164", "sentence2": B, "score": 1.0}], {0: "null_or_empty_sentence"}),
     "again, the other way round": (
         "scored",
         [
@@ -138,8 +143,80 @@ def test_scores_are_mapped_to_one() -> None:
 
 
 def test_another_scale_names_score_range() -> None:
-    with pytest.raises(CleaningError, match=r"source\.score_range: 37 of 40 .* run from 0 to 15\.6: .*\[0, 15\.6\]"):
+    with pytest.raises(CleaningError, match=r"source\.score_range: 37 of 40 .* run from 0 to 15\.6\. .*\[0, 15\.6\]"):
         cleaned([{**row, "score": 16 * row["score"]} for row in pairs()])
+
+
+@pytest.mark.parametrize(
+    ("scores", "given", "told"),
+    [
+        ([0.5] * 20 + [3.0] * 20, None, "20 of 40 scores lie outside 0 to 1"),  # half of the rows
+        ([0.5] * 37 + [-1.0] * 3, None, "3 of 40"),
+        ([2.0] * 40, None, "all are 2, which tells no scale"),
+        ([0.0] * 40, (1, 5), "all are 0, which tells no scale"),
+        ([-7.0] * 40, None, "all are -7"),
+        ([1.00000012, 123456789.5] * 20, None, "run from 1.00000012 to 123456789.5"),
+        ([1e-07, 3e300, 2e15, 0.1] * 10, None, "20 of 40"),
+        ([float("nan"), 4.5, 3.5, float("inf")] * 10, None, "20 of 20 .* run from 3.5 to 4.5"),
+    ],
+)
+def test_the_scale_that_is_advised_is_accepted(scores: list[float], given: Any, told: str) -> None:
+    rows = [{**row, "score": score} for row, score in zip(pairs(), scores, strict=True)]
+    with pytest.raises(CleaningError, match=rf"source\.score_range: .*{told}") as refused:
+        cleaned(rows, **({"score_range": given} if given else {}))
+    advised = yaml.safe_load(re.search(r"score_range: (\[.*\])\.", str(refused.value))[1])  # type: ignore[index]
+    result = cleaned(rows, score_range=advised)
+    assert (set(result.reasons.values()) - {"invalid_score"}, result.violations) == (set(), [])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), None])
+def test_no_score_at_all(value: float | None) -> None:
+    with pytest.raises(CleaningError, match=r"source\.columns\.score: none of the 40 scores is a number"):
+        cleaned([{**row, "score": value} for row in pairs()])
+
+
+SPELLINGS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {
+    "booleans and numbers": (("true", "false", "1", "0"), {"1": ["true"], "0": ["false"]}),
+    "words and booleans": (("Yes", "No", "TRUE", "FALSE"), {"1": ["TRUE", "Yes"], "0": ["FALSE", "No"]}),
+    "letter case and spaces": (("Yes", "no", "yes ", "No", "Yes", "no"), {"Yes": ["yes"], "no": ["No"]}),
+    "width": (("ab", "cd", "\uff41b", "cd"), {"ab": ["\uff41b"]}),
+}
+
+
+@pytest.mark.parametrize("case", SPELLINGS)
+def test_a_class_has_one_spelling(case: str) -> None:
+    names, others = SPELLINGS[case]
+    result = cleaned(classes(48, names), "labelled", positive_label=" yES " if "s" in names[0].lower() else None)
+    assert len(result.report.classes) == 2
+    assert {stands: sorted(found) for stands, found in result.report.class_spellings.items()} == others
+    assert (result.reasons, result.violations) == ({}, [])
+    if case != "width":
+        assert {row["score"] for row in result.examples} == {0.0, 1.0}
+
+
+def test_classes_that_differ_in_more_than_spelling_stay() -> None:
+    names = ("-1", "1", "0", "C", "C++", "C#", "true", "maybe")
+    result = cleaned(classes(48, names), "labelled")
+    assert (set(result.report.classes), result.report.class_spellings) == (set(names), {})
+
+
+def test_a_class_for_each_row_is_refused() -> None:
+    with pytest.raises(
+        CleaningError, match=r"source\.columns\.label: each of the \d+ rows of train has a class of its"
+    ):
+        cleaned([{**row, "label": row["sentence1"]} for row in classes()], "labelled")
+
+
+def test_labels_of_two_types_in_two_files(tmp_path: Path) -> None:
+    for name, label in (("a", [True, False] * 20), ("b", [1, 0] * 20)):
+        rows = pairs(40)
+        columns = {"sentence1": [f"{name} {r['sentence1']}" for r in rows], "sentence2": [r["sentence2"] for r in rows]}
+        pq.write_table(pa.table({**columns, "label": label}), tmp_path / f"{name}.parquet")
+    source = SourceSettings(kind="labelled", path="*.parquet")
+    read_sources(source, tmp_path, tmp_path)
+    (tmp_path / "out").mkdir()
+    report = clean_examples(tmp_path / RAW_EXAMPLES_FILE, source, CleaningSettings(), 42, tmp_path / "out")
+    assert set(report.classes) == {"0", "1"}
 
 
 def test_the_same_rows_give_the_same_bytes_and_other_seeds_other_splits() -> None:
@@ -269,3 +346,44 @@ def test_real_scores(shared_data: Callable[[str], Path], tmp_path: Path) -> None
     assert verify_examples(tmp_path / "out", settings, report.apart, raw) == []
     assert sample_rows(tmp_path, 200, 1)["example"] == pytest.approx(200, abs=3)
     assert {row["split"] for row in pq.read_table(raw).to_pylist()} == {"train", "dev", "test"}
+
+
+def test_nothing_need_be_held_out() -> None:
+    result = cleaned(pairs(), cleaning={"split": {"dev": 0.0, "test": 0.0}})
+    assert result.report.examples_by_split == {"train": 40, "dev": 0, "test": 0}
+    assert result.report.shared_texts == 0.0
+    assert result.violations == []
+
+
+def test_splits_by_other_names_and_missing_texts_are_told() -> None:
+    rows = [{**row, "split": ("Training", "valid", "testing")[i % 3]} for i, row in enumerate(pairs())]
+    rows[0]["sentence1"], rows[1]["sentence2"] = "nan", "None"
+    result = cleaned(rows)
+    assert result.reasons == {0: "missing_text", 1: "missing_text"}
+    assert result.report.split_values == {"train": {"Training": 14}, "dev": {"valid": 13}, "test": {"testing": 13}}
+    assert result.report.read_as_missing == {"sentence1": {"nan": 1}, "sentence2": {"None": 1}}
+    assert result.violations == []
+    assert cleaned(rows, cleaning={"missing_texts": []}).reasons == {}
+
+
+def test_a_second_column_that_is_missing_throughout_means_single_texts() -> None:
+    """As pandas' astype(str) writes a column of nothing."""
+    result = cleaned([{**row, "sentence2": "nan"} for row in classes()], kind="labelled")
+    assert result.reasons == {}
+    assert {row["sentence2"] for row in result.examples} == {None}
+
+
+def test_unknown_splits_and_a_split_without_train_are_refused() -> None:
+    with pytest.raises(CleaningError, match=r"'holdout' in 40 row\(s\), the first is a\.parquet row 0"):
+        cleaned(pairs(split="holdout"))
+    with pytest.raises(CleaningError, match=r"left in train .*0 as train, 0 as dev, 40 as test.*split column"):
+        cleaned(pairs(split="test"))
+
+
+def test_an_emoji_with_its_selector_is_the_same_text() -> None:
+    rows = [{**row, "split": ("train", "dev", "test")[i % 3]} for i, row in enumerate(pairs())]
+    rows += [
+        {"sentence1": "I \u2764\ufe0f it", "sentence2": "we \u2764\ufe0f it", "score": 1.0, "split": "test"},
+        {"sentence1": "I \u2764 it", "sentence2": "they hate it", "score": 0.0, "split": "train"},
+    ]
+    assert cleaned(rows).reasons == {41: "split_leak"}

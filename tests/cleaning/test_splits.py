@@ -7,12 +7,13 @@ from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
+import duckdb
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embed_pipeline.cleaning.splits import assign_groups
+from embed_pipeline.cleaning.splits import assign_groups, linked_groups
 
 Row = dict[str, Any]
 RANK = {"test": 0, "dev": 1, "train": 2}
@@ -194,6 +195,7 @@ def test_chinese_boilerplate_is_a_leak(cleaned: Callable[..., Any]) -> None:
     assert cleaned(rows).reasons == {1: "overlap_leak"}
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     keys=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=40, unique=True),
     large=st.integers(0, 3),
@@ -208,3 +210,170 @@ def test_every_split_gets_a_group_where_there_are_enough(keys: list[float], larg
     else:
         assert chosen is not None
         assert set(chosen) == {*wanted, "train"}
+
+
+PLACE_OF_D = 0.21714292308956937
+SHARES = {"test": 0.2, "dev": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "sizes", "expected"),
+    [
+        # A share starts where the one before it ends, and its own end is the next one's.
+        (
+            [0.0, 0.19, 0.2, 0.29, 0.31, 0.99],
+            [1] * 6,
+            ["test", "test", "dev", "dev", "train", "train"],
+        ),
+        # Six queries and more are many: the group trains, whatever its key.
+        ([0.01, 0.02, 0.25, 0.5], [6, 5, 1, 1], ["train", "test", "dev", "train"]),
+        # Where there are many, it is 5 % of the queries and more.
+        ([0.01, 0.02, 0.25, 0.5], [11, 10, 1, 178], ["train", "test", "dev", "train"]),
+        # An empty split takes the lowest key, test before dev before train.
+        ([0.7, 0.5, 0.6], [1, 1, 1], ["train", "test", "dev"]),
+        ([0.01, 0.02, 0.1, 0.15], [1, 1, 1, 1], ["dev", "train", "test", "test"]),
+        # It takes none that is the only one of its split,
+        ([0.21, 0.22, 0.9], [1, 1, 1], ["test", "dev", "train"]),
+        ([0.05, 0.35, 0.4], [1, 1, 1], ["test", "dev", "train"]),
+        # and a large one only where no small one can be spared.
+        ([0.5, 0.6, 0.7], [50, 1, 1], ["train", "test", "dev"]),
+        ([0.9, 0.5, 0.7], [50, 50, 1], ["train", "dev", "test"]),
+        ([0.4, 0.5], [1, 1], None),
+        ([0.4, 0.5, 0.1], [1, 1, 1], ["dev", "train", "test"]),
+    ],
+)
+def test_which_split_a_group_gets(keys: list[float], sizes: list[int], expected: list[str] | None) -> None:
+    chosen = assign_groups(np.array(keys), np.array(sizes), SHARES)
+    assert (None if chosen is None else chosen.tolist()) == expected
+
+
+def groups_of(*links: tuple[str, str, str], seed: int = 42) -> dict[str, tuple[int, float]]:
+    """query_id -> number and place of its group; a link is (query_id, what, key)."""
+    values = ", ".join(f"('{query}', '{what}', '{key}')" for query, what, key in links)
+    with duckdb.connect() as connection:
+        connection.execute(f"CREATE TABLE told AS SELECT * FROM (VALUES {values}) AS l(query_id, what, key)")
+        queries, labels, places = linked_groups(connection, "FROM told", seed)
+    assert len(places) == labels.max() + 1
+    return {query: (int(label), float(places[label])) for query, label in zip(queries, labels, strict=True)}
+
+
+def test_what_shares_a_link_is_one_group_and_nothing_else() -> None:
+    found = groups_of(
+        ("d", "query", "x"),
+        ("a", "document", "x"),
+        ("b", "document", "x"),
+        ("b", "cluster", "y"),
+        ("c", "cluster", "y"),
+        ("e", "document", "y"),
+        ("e", "query", "z"),
+    )
+    assert list(found) == ["a", "b", "c", "d", "e"]
+    labels = [label for label, _ in found.values()]
+    assert labels[0] == labels[1] == labels[2]
+    assert len({labels[0], labels[3], labels[4]}) == 3
+
+
+def test_a_groups_place_is_its_documents_else_its_clusters_whatever_joins_it() -> None:
+    documents = [f"d{n}" for n in range(400)]
+    alone = groups_of(
+        ("cluster", "cluster", "c"),
+        ("query", "query", "k"),
+        *((document, "document", document) for document in documents),
+    )
+    place = {name: place for name, (_, place) in alone.items()}
+    assert len(set(place.values())) == 402
+    # 20 groups of 20 documents: in each, one of them decides, in whatever order they come.
+    several = [(f"q{n // 20}", "document", document) for n, document in enumerate(documents)]
+    links = [
+        *several,
+        *(("a", "query", "k1"), ("a", "cluster", "c1"), ("b", "cluster", "c1"), ("b", "document", "d")),
+        *(("e", "query", "k"), ("e", "cluster", "c"), ("f", "cluster", "c")),
+        ("g", "query", "other"),
+    ]
+    joined = groups_of(*links)
+    assert joined == groups_of(*links[::-1])
+    assert joined["a"][1] == joined["b"][1] == pytest.approx(PLACE_OF_D, abs=1e-12)
+    assert joined["e"] == joined["f"]
+    assert joined["e"][1] == place["cluster"]
+    for n in range(20):
+        assert joined[f"q{n}"][1] in {place[document] for document in documents[20 * n : 20 * n + 20]}
+    # The one that decides is not the one with the lowest place: else groups of many documents would all be tested.
+    assert max(joined[f"q{n}"][1] for n in range(20)) > 0.5
+
+
+def test_a_groups_place_stays_from_version_to_version_and_comes_of_the_seed() -> None:
+    """Whoever cleans the same rows with a later version measures on the same test questions."""
+    links = [("q", "document", "d"), *((f"q{n}", "document", str(n)) for n in range(200))]
+    found, other = groups_of(*links), groups_of(*links, seed=43)
+    assert found["q"][1] == pytest.approx(PLACE_OF_D, abs=1e-12)
+    assert all(found[query][1] != other[query][1] for query in found)
+    places = [place for _, place in found.values()]
+    assert 0.0 <= min(places) < 0.05
+    assert 0.95 < max(places) < 1.0
+
+
+def test_a_group_is_called_by_its_first_query(cleaned: Callable[..., Any]) -> None:
+    linked = [{**row, "query_id": id, "document_id": "d"} for row, id in zip(filler(0, 3), "cab", strict=True)]
+    result = cleaned([*linked, *filler(10, 20)])
+    groups = {row["query_id"]: row["group_id"] for row in result.queries}
+    assert {groups[id] for id in "abc"} == {"a"}
+    assert len(set(groups.values())) == 21
+    assert all(group <= query for query, group in groups.items())
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ({"test": 0.0, "dev": 0.3}, {"train", "dev"}),
+        ({"test": 0.3, "dev": 0.0}, {"train", "test"}),
+        ({"test": 0.0, "dev": 0.0}, {"train"}),
+    ],
+)
+def test_a_split_without_a_share_is_not_cut(
+    cleaned: Callable[..., Any], shares: dict[str, float], expected: set[str]
+) -> None:
+    assert set(cleaned(filler(0, 30), split=shares).split_of.values()) == expected
+
+
+def test_who_gives_way_to_whom(cleaned: Callable[..., Any]) -> None:
+    """dev to test, train to both, and nobody to a row that gave way itself."""
+    document = "d" * 100
+    rows = [
+        {"query": question(1), "passage": passage(1), "split": "test", "query_id": "t1", "document_id": document},
+        {"query": question(2), "passage": passage(2), "split": "dev", "query_id": "d1", "document_id": document},
+        {"query": question(3), "passage": passage(3), "split": "train", "query_id": "r1", "document_id": document},
+        # Only through the dev row that went, so it stays,
+        {"query": question(2, 1), "passage": passage(4), "split": "train", "query_id": "r2"},
+        # and this one for a dev row that stayed goes.
+        {"query": question(5), "passage": passage(5), "split": "dev", "query_id": "d2"},
+        {"query": question(6), "passage": passage(5, 1), "split": "train", "query_id": "r3"},
+        # In both: the strongest is named.
+        {"query": question(7), "passage": passage(7), "split": "test", "query_id": "t2"},
+        {"query": question(8), "passage": passage(8), "split": "dev", "query_id": "d3"},
+        {"query": question(8, 1), "passage": passage(7, 1), "split": "train", "query_id": "r4"},
+        *filler(20, 3, split="dev"),
+        *filler(30, 3, split="train"),
+    ]
+    result = cleaned(rows, near_duplicates={"action": "keep"})
+    assert result.reasons == dict.fromkeys((1, 2, 5, 8), "split_leak")
+    detail = {row["row_number"]: row["detail"] for row in result.rejected}
+    assert detail[1] == detail[2] == f'shares document "{"d" * 80}" with test query t1'
+    assert detail[5].startswith('shares cluster "p-')
+    assert detail[5].endswith('" with dev query d2')
+    assert detail[8].startswith('shares cluster "p-')
+    assert detail[8].endswith('" with test query t2')
+
+
+def test_what_does_not_answer_links_nothing(cleaned: Callable[..., Any]) -> None:
+    """A passage that was judged for a train and a test question, and answers one of them or none."""
+    judged = {"document_id": "d", "relevance": 0.0, "passage": passage(9)}
+    rows = [
+        {"query": question(1), "passage": passage(1), "split": "test"},
+        {"query": question(1), "split": "test", **judged},
+        {"query": question(2), "passage": passage(2), "split": "train"},
+        {"query": question(2), "split": "train", **judged},
+        *filler(10, 3, split="dev"),
+    ]
+    result = cleaned([{"relevance": 1.0, **row} for row in rows])
+    assert result.reasons == {}
+    assert len({row["group_id"] for row in result.queries}) == 5

@@ -38,8 +38,8 @@ CASES: dict[str, list[Row]] = {
         {"query": "why so", "passage": passage(1), "split": "train", "relevance": 0.0, "source": "other.parquet"},
         {"query": "how so", "passage": passage(1), "split": "train"},
     ],
-    "invalid_split": [
-        {"query": "why so", "passage": passage(1), "split": "holdout"},
+    "invalid_relevance": [
+        {"query": "why so", "passage": passage(1), "split": "train", "relevance": 1e-320, "source": "other.parquet"},
         {"query": "how so", "passage": passage(1), "split": "train"},
     ],
     "null_or_empty_passage": [

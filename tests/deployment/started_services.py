@@ -196,14 +196,18 @@ class StartedServices:
         while time.monotonic() < deadline:
             if self.processes[service.name].poll() is not None:
                 raise RuntimeError(f"{service.name} ended:\n{self.log(service.name)[-4000:]}")
-            done = subprocess.run(
-                self.translated(command),
-                env=environment,
-                cwd=self._working_directory(service.name),
-                capture_output=True,
-                text=True,
-                timeout=seconds(check["timeout"]),
-            )
+            try:
+                done = subprocess.run(
+                    self.translated(command),
+                    env=environment,
+                    cwd=self._working_directory(service.name),
+                    capture_output=True,
+                    text=True,
+                    timeout=seconds(check["timeout"]),
+                )
+            except subprocess.TimeoutExpired as error:  # as in Docker: one that did not pass, and is tried again
+                failure = str(error)
+                continue
             if done.returncode == 0:
                 return
             failure = done.stdout + done.stderr

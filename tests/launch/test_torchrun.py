@@ -16,7 +16,7 @@ def test_the_script_gets_nothing_but_the_job_file() -> None:
     command = torchrun_command("some.entry_point", Path("/jobs/job.json"), 4)
     assert command[:3] == [sys.executable, "-m", "embed_pipeline.launch.agent"]
     assert command[-3:] == ["-m", "some.entry_point", "/jobs/job.json"]
-    assert {"--nproc-per-node=4", "--standalone", "--log-dir=/jobs/logs"} <= set(command)
+    assert {"--nproc-per-node=4", "--nnodes=1", "--rdzv-backend=files", "--log-dir=/jobs/logs"} <= set(command)
 
 
 def test_torchrun_knows_every_option() -> None:

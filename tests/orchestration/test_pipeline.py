@@ -53,6 +53,7 @@ def test_the_whole_pipeline_and_what_a_second_run_does(make_pipeline: MakePipeli
     assert not checks.pop("gate")
     assert not read_history(small.store).promotions
     assert checks == {
+        "every_file_was_read": True,
         "splits_do_not_leak_and_rows_add_up": True,
         "answers_are_in_the_corpus": True,
         "no_positive_among_negatives": True,

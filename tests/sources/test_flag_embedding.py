@@ -56,6 +56,27 @@ def test_many_lines_keep_their_order(tmp_path: Path) -> None:
     assert [(r["row_number"], r["query"]) for r in rows[::2]] == [(i, f"q{i}") for i in range(30_000)]
 
 
+def test_a_null_among_texts_is_left_to_cleaning(tmp_path: Path) -> None:
+    lines(tmp_path, {"query": "a", "pos": ["b", None]}, {"query": None, "pos": ["c"]})
+    assert [(row["query"], row["passage"]) for row in read(tmp_path)[1]] == [("a", "b"), ("a", None), (None, "c")]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\x1f\x8b\x08\x00", r"is compressed \(gzip\), expected jsonl"),
+        ('{"query": "a"}'.encode("utf-16"), "is UTF-16 text, expected jsonl"),
+        (b'\n{"query": "' + b"x" * (40 << 20) + b'", "pos": ["a"]}\n', r"line 2 .*: is 40 MB long, and at most 16 MB"),
+        (b'\xef\xbb\xbf{"query": "a", "pos": ["b"]}\n', "line 1 .*: starts with a byte-order mark"),
+        (b'{"query": "a", "pos": ["b"]}\n{"query": "\xe4", "pos": ["b"]}\n', "line 2 .*: is not UTF-8"),
+    ],
+)
+def test_files_of_another_format_or_encoding(tmp_path: Path, content: bytes, told: str) -> None:
+    lines(tmp_path).write_bytes(content)
+    with pytest.raises(SourceError, match=rf"a\.jsonl: {told}"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
@@ -64,12 +85,24 @@ def test_many_lines_keep_their_order(tmp_path: Path) -> None:
         ({"query": "a", "pos": "b"}, "line 2 .*: `pos` is text, expected a list"),
         (
             {"query": "a", "pos": ["b"], "pos_scores": ["high"]},
-            "line 2 .*: `pos_scores` holds something that is no num",
+            r"line 2 .*: `pos_scores\[0\]` is text, expected a number",
         ),
         (
             {"query": "a", "pos": ["b"], "neg": ["c", "d"], "neg_scores": [1.0]},
             "line 2 .*: `neg_scores` has 1 scores for 2 texts in `neg`; expected one for each",
         ),
+        ({"query": {"text": "a"}, "pos": ["b"]}, "line 2 .*: `query` is an object, expected text"),
+        ({"query": ["a"], "pos": ["b"]}, "line 2 .*: `query` is a list, expected text"),
+        ({"query": True, "pos": ["b"]}, "line 2 .*: `query` is true or false, expected text"),
+        ({"query": 7, "pos": ["b"]}, "line 2 .*: `query` is a number, expected text"),
+        ({"query": "a", "pos": ["b", {"text": "c"}]}, r"line 2 .*: `pos\[1\]` is an object, expected text"),
+        ({"query": "a", "pos": [["b"]]}, r"line 2 .*: `pos\[0\]` is a list, expected text"),
+        ({"query": "a", "pos": ["b"], "neg": [1]}, r"line 2 .*: `neg\[0\]` is a number, expected text"),
+        ({"query": "a", "pos": ["b"], "neg": [False]}, r"line 2 .*: `neg\[0\]` is true or false, expected text"),
+        ({"query": "a", "pos": ["b"], "pos_scores": [True]}, r"line 2 .*: `pos_scores\[0\]` is true or false"),
+        ({"query": "a", "pos": ["b"], "prompt": ["x"]}, "line 2 .*: `prompt` is a list, expected text"),
+        ('{"query": "a", "query": "b", "pos": ["c"]}', "line 2 .*: has the key `query` twice"),
+        (r'{"query": "a\ud83d", "pos": ["c"]}', r"line 2 .*: holds half a character, \\ud83d without its other half"),
         (
             {"query": "a", "pos": ["b"], "prompt": "another"},
             "different prompts, 'another' and 'one'.*query_instruction",

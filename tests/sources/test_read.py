@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +96,16 @@ def test_many_row_groups_stay_in_order_and_give_the_same_bytes(tmp_path: Path) -
 def test_a_null_in_one_row_is_left_to_cleaning(tmp_path: Path, parquet: Callable[..., Path]) -> None:
     parquet("a.parquet", query=["q", None], passage=[None, "p"])
     assert [(r["query"], r["passage"]) for r in read(tmp_path, path="a.parquet")] == [("q", None), (None, "p")]
+
+
+@pytest.mark.parametrize("name", ["file_row_number", "File_Row_Number", "filename", "row_number", "source"])
+def test_a_column_named_as_one_that_readers_add(tmp_path: Path, parquet: Callable[..., Path], name: str) -> None:
+    parquet("a.parquet", **PAIRS, **{name: ["x", "y"]})
+    rows = read(tmp_path, path="a.parquet", columns={"document_id": name})
+    assert [(r["source"], r["row_number"], r["query"], r["document_id"]) for r in rows] == [
+        ("a.parquet", 0, "how", "x"),
+        ("a.parquet", 1, "why", "y"),
+    ]
 
 
 def test_fingerprint_follows_content(tmp_path: Path, parquet: Callable[..., Path]) -> None:
@@ -201,11 +213,19 @@ def damaged(path: Path) -> bytes:
     [
         (lambda path: b"", r"is empty \(0 bytes\)"),
         (lambda path: b"query,passage\nq,p\n", "not a parquet file .*pandas.read_csv"),
+        (
+            lambda path: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+            "a pointer of Git LFS.*lfs pull",
+        ),
+        (lambda path: gzip.compress(path.read_bytes()), r"compressed \(gzip\), expected parquet"),
+        (lambda path: b"\n<!DOCTYPE html><html>", "HTML or XML, expected parquet"),
+        (lambda path: b'{"query": "q"}', "JSON, expected parquet"),
+        (lambda path: b"PARE" + path.read_bytes()[4:-4] + b"PARE", "encrypted parquet"),
         (lambda path: path.read_bytes()[:-40], "truncated parquet file"),
         (lambda path: path.read_bytes()[:60] + b"PAR1", "damaged"),
         (damaged, "damaged"),
     ],
-    ids=["empty", "csv", "truncated", "no footer", "overwritten pages"],
+    ids=["empty", "csv", "LFS", "gzip", "HTML", "JSON", "encrypted", "truncated", "no footer", "overwritten pages"],
 )
 def test_files_that_are_no_parquet(
     tmp_path: Path, parquet: Callable[..., Path], content: Callable[[Path], bytes], message: str
@@ -215,6 +235,42 @@ def test_files_that_are_no_parquet(
     with pytest.raises(SourceError, match=message) as raised:
         read(tmp_path, path="a.parquet")
     assert str(path) in str(raised.value)
+
+
+def test_a_text_that_is_not_utf8(tmp_path: Path) -> None:
+    latin = pa.array(["caf\u00e9".encode("latin-1")], pa.binary())
+    query = pa.Array.from_buffers(pa.string(), 1, latin.buffers())
+    pq.write_table(pa.table({"query": query, "passage": ["p"]}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"a\.parquet: a text is not UTF-8 \(.*caf\\xE9"):
+        read(tmp_path, path="a.parquet")
+
+
+@pytest.mark.parametrize("name", ["requ\u0065\u0302te", " requ\u00eate", "\ufeffrequ\u00eate"])
+def test_a_column_whose_name_only_looks_right(tmp_path: Path, parquet: Callable[..., Path], name: str) -> None:
+    parquet("a.parquet", **{name: ["q"], "passage": ["p"]})
+    told = re.escape(f"{name!a} looks the same as 'requ\\xeate' and is not")
+    with pytest.raises(SourceError, match=told):
+        read(tmp_path, path="a.parquet", columns={"query": "requ\u00eate"})
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path: Path, parquet: Callable[..., Path]) -> None:
+    file = parquet("a.parquet", **PAIRS)
+    file.rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.parquet"))
+    with pytest.raises(ConfigurationError, match=r"the name of 'caf\\udce9\.parquet' is not UTF-8\. Rename the file"):
+        read(tmp_path, path="*.parquet")
+
+
+DELIVERED: dict[str, Any] = {
+    "dictionary": pa.array(["how", "why"]).dictionary_encode(),
+    "large text": pa.array(["how", "why"], pa.large_string()),
+    "text view": pa.array(["how", "why"], pa.string_view()),
+}
+
+
+@pytest.mark.parametrize("case", DELIVERED)
+def test_text_in_every_form_of_arrow(tmp_path: Path, parquet: Callable[..., Path], case: str) -> None:
+    parquet("a.parquet", query=DELIVERED[case], passage=["so", "because"])
+    assert [row["query"] for row in read(tmp_path, path="a.parquet")] == ["how", "why"]
 
 
 def test_one_file_under_two_keys(tmp_path: Path, parquet: Callable[..., Path]) -> None:

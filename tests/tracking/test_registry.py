@@ -95,13 +95,24 @@ def test_what_is_loaded_gives_what_was_evaluated(workshop: Workshop) -> None:
     assert LONG in parity.queries  # what a lost maximum length would show on
     assert Registry().check(*registered, parity) < 1e-6
 
-    weights = folder_of(registered[1]) / "artifacts" / "model" / "model.safetensors"
-    save_file({k: v * (1 + 1e-3) for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    other = parity.model_copy(update={"scores": [score + 1 for score in parity.scores]})
     with pytest.raises(ModelError, match=r"models:/support-reranker/1 as MLflow loads it, pair 'where.*differs by"):
+        Registry().check(*registered, other)
+
+
+@pytest.mark.parametrize("file", ["artifacts/model/model.safetensors", "served_reranker.py", "added.py", "MLmodel"])
+def test_nothing_is_loaded_of_a_model_whose_files_are_not_those_that_were_registered(
+    workshop: Workshop, tmp_path: Path, file: str
+) -> None:
+    candidate = workshop.candidate(1)
+    registered = register(workshop, candidate)
+    parity = read_parity(candidate.evaluation.path)
+    ran = tmp_path / "ran"
+    with (folder_of(registered[1]) / file).open("a") as changed:
+        changed.write(f"\nopen({str(ran)!r}, 'w')\n")
+    with pytest.raises(ModelError, match=r"support-reranker/1 is registered, but does not load: its files are not"):
         Registry().check(*registered, parity)
-    weights.write_bytes(b"nothing")
-    with pytest.raises(ModelError, match=r"support-reranker/1 is registered, but does not load.*materialize champion"):
-        Registry().check(*registered, parity)
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("lost", ["prompt", "length"])

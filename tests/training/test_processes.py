@@ -86,7 +86,7 @@ def test_an_interrupt_ends_every_rank(endless: TrainingJob, tmp_path: Path) -> N
     command = torchrun_command(endless.entry_point, tmp_path / "job.json", 2)
     with pytest.raises(KeyboardInterrupt):
         run_local(command, env={}, error_file=tmp_path / "error.json", on_poll=interrupt)
-    assert time.monotonic() - began[0] < 15
+    assert time.monotonic() - began[0] < 12  # 9 by the deadlines, and what comes after may take the rest of 15
     # Whoever has taken over the loaders of a killed rank may not have asked for their exit codes yet.
     _, alive = psutil.wait_procs(family, timeout=1)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []

@@ -6,13 +6,11 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -24,6 +22,8 @@ from embed_pipeline.errors import TrainingError
 from embed_pipeline.launch.job import Site, launch_job
 from embed_pipeline.settings import LaunchSettings
 from embed_pipeline.training.job import TrainingJob
+from tests.joined_node import joined
+from tests.listening import LOOPBACK, watched
 
 # What a launching machine does; a training that lost a node is launched again, as Dagster's retry would.
 LEADER = textwrap.dedent(
@@ -36,8 +36,8 @@ LEADER = textwrap.dedent(
     from embed_pipeline.training.job import EmbedderJob
 
     logging.basicConfig(level=logging.INFO)
-    file, store, endpoint = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    site = Site(LaunchSettings(kind="nodes", nnodes=2, rdzv_endpoint=endpoint), store / "shop" / ".nodes")
+    file, store, network = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    site = Site(LaunchSettings(kind="nodes", nnodes=2, network=network), store / "shop" / ".nodes")
     for again in (True, False):
         try:
             launch_job(EmbedderJob.read(file), file, None, site)
@@ -62,28 +62,6 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.sched_setaffinity(0, before)
 
 
-def free_endpoint(host: str = "127.0.0.1") -> str:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return f"{host}:{one.getsockname()[1]}"
-
-
-@contextmanager
-def joined(store: Path, log: Path, *before: str) -> Iterator[psutil.Popen]:
-    """`embed-pipeline join`, as a service of another machine would run it."""
-    command = [*before, str(Path(sys.executable).with_name("embed-pipeline")), "join", "shop"]
-    with log.open("a") as file:
-        process = psutil.Popen(
-            command, env={**os.environ, "EMBED_PIPELINE_STORE": str(store)}, stdout=file, stderr=file
-        )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-        process.wait(30)
-
-
 def undisturbed(job_of: Callable[..., TrainingJob], folder: Path, **settings: object) -> Trained:
     """The same two ranks on this machine alone."""
     job = job_of("embedder", folder / "alone", 2, **settings)
@@ -95,16 +73,18 @@ def undisturbed(job_of: Callable[..., TrainingJob], folder: Path, **settings: ob
 def test_two_nodes_do_one_training_and_a_failure_on_either_ends_both(
     job_of: Callable[..., TrainingJob], tmp_path: Path
 ) -> None:
-    site = Site(
-        LaunchSettings(kind="nodes", nnodes=2, rdzv_endpoint=free_endpoint()), tmp_path / "store" / "shop" / ".nodes"
-    )
+    shop = tmp_path / "store" / "shop"
+    site = Site(LaunchSettings(kind="nodes", nnodes=2, network="127.0.0.0/8"), shop / ".nodes")
     with joined(tmp_path / "store", tmp_path / "join.log") as joiner:
-        job = job_of("embedder", tmp_path / "output", 2)
-        launch_job(job, job.write(job.output / "job.json"), None, site)
+        job = job_of("embedder", shop / "output", 2)
+        with watched("training, two nodes on the network lo") as seen:
+            launch_job(job, job.write(job.output / "job.json"), None, site)
+        assert sum("embed_pipeline.launch.agent" in process for process in seen.processes) == 2
+        assert seen.addresses.keys() & LOOPBACK
         assert same_weights(read_output(job), undisturbed(job_of, tmp_path))
         # Nothing is left of it, and the same node joins the next one.
         assert list(site.announcements.iterdir()) == []
-        broken = job_of("embedder", tmp_path / "broken", 2, learning_rate=100.0, weight_decay=10.0, epochs=100)
+        broken = job_of("embedder", shop / "broken", 2, learning_rate=100.0, weight_decay=10.0, epochs=100)
         with pytest.raises(TrainingError, match="the loss became nan"):
             launch_job(broken, broken.write(broken.output / "job.json"), None, site)
         wait_until(lambda: joiner.children() == [], joiner, 30)
@@ -113,7 +93,7 @@ def test_two_nodes_do_one_training_and_a_failure_on_either_ends_both(
 def test_too_few_nodes_and_a_silent_one_are_told(
     job_of: Callable[..., TrainingJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch = LaunchSettings(kind="nodes", nnodes=2, rdzv_endpoint=free_endpoint(), wait_minutes=0.01)
+    launch = LaunchSettings(kind="nodes", nnodes=2, network="lo", wait_minutes=0.01)
     site = Site(launch, tmp_path / ".nodes")
     job = job_of("embedder", tmp_path / "output", 2)
     file = job.write(job.output / "job.json")
@@ -165,12 +145,12 @@ def test_a_node_that_dies_ends_the_other_and_a_new_launch_ends_with_the_same_wei
 ) -> None:
     first, second = two_networks
     settings = {"checkpoint_minutes": 0, "logging_steps": 2, "epochs": 3}
-    job = job_of("embedder", tmp_path / "output", 2, **settings)
-    file = job.write(job.output / "job.json")
     store = tmp_path / "store"
+    job = job_of("embedder", store / "shop" / "output", 2, **settings)
+    file = job.write(job.output / "job.json")
     with (tmp_path / "leader.log").open("w") as log:
         leader = psutil.Popen(
-            [*first, sys.executable, "-c", LEADER, str(file), str(store), free_endpoint("10.77.0.1")],
+            [*first, sys.executable, "-c", LEADER, str(file), str(store), "10.77.0.0/24"],
             stdout=log,
             stderr=log,
         )

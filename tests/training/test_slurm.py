@@ -19,6 +19,7 @@ from embed_pipeline.launch.job import Site, launch_job
 from embed_pipeline.launch.slurm import sbatch_script
 from embed_pipeline.settings import LaunchSettings
 from embed_pipeline.training.job import EmbedderJob, TrainingJob
+from tests.listening import LOOPBACK, naming, watched
 
 needs_slurm = pytest.mark.skipif(
     bool(missing()), reason=f"needs Slurm, Debian's packages slurm-wlm and munge: {', '.join(missing())} not found"
@@ -38,7 +39,7 @@ def allocated(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
     monkeypatch.setenv("SLURM_CONF", str(cluster))
 
     def run(job: TrainingJob, on_poll: Callable[[], None] = lambda: None, nnodes: int = 2, **settings: object) -> None:
-        launch = LaunchSettings.model_validate({"kind": "slurm", "nnodes": nnodes, **settings})
+        launch = LaunchSettings.model_validate({"kind": "slurm", "nnodes": nnodes, "network": "lo", **settings})
         file = job.write(job.output / "job.json")
         launch_job(job, file, None, Site(launch, Path("unused")), on_poll=on_poll)
 
@@ -72,7 +73,10 @@ def test_a_preempted_training_is_requeued_and_ends_with_the_same_weights(
 ) -> None:
     settings = {"checkpoint_minutes": 60, "logging_steps": 1, "epochs": 3}
     undisturbed = job_of("embedder", tmp_path / "undisturbed", 2, **settings)
-    allocated(undisturbed)
+    # Slurm's own programs listen as well; who may speak to them, munge decides.
+    with watched("training, Slurm on the network lo", naming(f"embed_pipeline.training.embedder {tmp_path}")) as seen:
+        allocated(undisturbed)
+    assert seen.addresses.keys() & LOOPBACK
     log = capfd.readouterr().out
     assert "is COMPLETED" in log
     assert "'loss'" in log  # followed while it ran
@@ -162,6 +166,7 @@ def test_the_script_asks_for_what_the_yaml_says() -> None:
         {
             "kind": "slurm",
             "nnodes": 2,
+            "network": "10.0.0.0/24",
             "gpus_per_node": 4,
             "sbatch": {"partition": "gpu", "time": "12:00:00", "exclusive": ""},
             "setup": "module load cuda",
@@ -171,6 +176,7 @@ def test_the_script_asks_for_what_the_yaml_says() -> None:
     for line in ("--nodes=2", "--gpus-per-node=4", "--partition=gpu", "--time=12:00:00", "--exclusive", "--requeue"):
         assert f"#SBATCH {line}\n" in script
     assert "--nproc-per-node=4" in script
+    assert "--rdzv-conf=rank=$SLURM_NODEID,network=10.0.0.0/24," in script
     assert "\nmodule load cuda\n" in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
@@ -178,7 +184,7 @@ def test_the_script_asks_for_what_the_yaml_says() -> None:
 def test_a_process_for_each_gpu_that_is_asked_for() -> None:
     from embed_pipeline.launch.torchrun import world_size
 
-    launch = LaunchSettings.model_validate({"kind": "slurm", "nnodes": 2, "gpus_per_node": 4})
+    launch = LaunchSettings.model_validate({"kind": "slurm", "nnodes": 2, "network": "ib0", "gpus_per_node": 4})
     assert world_size(launch, "auto") == 8
     assert world_size(launch, 2) == 4
     assert world_size(LaunchSettings(kind="slurm"), "auto") == 1

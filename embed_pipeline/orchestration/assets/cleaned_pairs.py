@@ -12,7 +12,7 @@ from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
 from embed_pipeline.orchestration.reporting import markdown_table, materialized, readable_errors
 from embed_pipeline.settings import CleaningSettings
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_cleaned_pairs
-from embed_pipeline.tables import REJECTED_EXAMPLES_FILE, REJECTED_FILE, source_folder
+from embed_pipeline.tables import REJECTED_EXAMPLES_FILE, REJECTED_FILE, connect, source_folder
 
 if TYPE_CHECKING:
     from embed_pipeline.cleaning.clean import CleaningReport
@@ -66,6 +66,8 @@ def _about_examples(folder: Path, report: "ExamplesReport") -> dict[str, Any]:
 
     splits = [(split, rows, report.scores_by_split.get(split, "")) for split, rows in report.examples_by_split.items()]
     classes = {"classes": markdown_table(["class", "rows"], list(report.classes.items()))} if report.classes else {}
+    if spellings := [(name, ", ".join(others)) for name, others in report.class_spellings.items()]:
+        classes["class_spellings"] = markdown_table(["class", "also spelled"], spellings[:50])
     return {
         **_about_rows(report, EXAMPLE_REASONS),
         "rejected_sample": _sample(folder / REJECTED_EXAMPLES_FILE, ("sentence1", "sentence2")),
@@ -80,21 +82,23 @@ def _about_examples(folder: Path, report: "ExamplesReport") -> dict[str, Any]:
 
 def _about_rows(report: "CleaningReport | ExamplesReport", meanings: Mapping[str, str]) -> dict[str, Any]:
     reasons = [(reason, rows, meanings[reason]) for reason, rows in report.rejected_by_reason.items()]
+    named = [(value, split, n) for split, values in report.split_values.items() for value, n in values.items()]
+    missing = [(column, text, n) for column, texts in report.read_as_missing.items() for text, n in texts.items()]
     return {
         "dagster/row_count": report.kept_rows,
         "raw_rows": report.raw_rows,
         "rejected_rows": report.rejected_rows,
         "rejected_by_reason": markdown_table(["reason", "rows", "meaning"], reasons),
+        **({"delivered_splits": markdown_table(["delivered as", "read as", "rows"], named)} if named else {}),
+        **({"read_as_missing": markdown_table(["column", "text", "rows"], missing)} if missing else {}),
     }
 
 
 def _sample(rejected: Path, texts: tuple[str, str]) -> dg.MarkdownMetadataValue:
     """Three rows of each reason."""
-    import duckdb
-
-    with duckdb.connect() as connection:
+    with connect() as connection:
         rows = connection.execute(
-            f"SELECT reason, source, row_number, detail, {', '.join(texts)} FROM read_parquet(?) QUALIFY "
+            f"SELECT reason, source, row_number, detail, {', '.join(texts)} FROM stored(?) QUALIFY "
             "row_number() OVER (PARTITION BY reason ORDER BY source, row_number) <= 3 ORDER BY reason, row_number",
             [str(rejected)],
         ).fetchall()

@@ -25,6 +25,7 @@ def raw_pairs_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         reports = {name: own, **own["extra_sources"]}
         kinds = [(of, kind, rows) for of, report in reports.items() for kind, rows in report["rows_by_kind"].items()]
         files = [(of, f["source"], f["kind"], f["rows"]) for of, report in reports.items() for f in report["files"]]
+        not_read = [(of, n["source"], n["reason"]) for of, report in reports.items() for n in report["not_read"]]
         return materialized(
             context,
             produced,
@@ -32,6 +33,8 @@ def raw_pairs_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
                 "dagster/row_count": sum(report["rows"] for report in reports.values()),
                 "rows_by_kind": markdown_table(["source", "kind", "rows"], kinds),
                 "files": markdown_table(["source", "file", "kind", "rows"], files[:50]),
+                "files_not_read": len(not_read),
+                **({"not_read": markdown_table(["source", "file", "why"], not_read[:50])} if not_read else {}),
             },
         )
 

@@ -100,5 +100,5 @@ def _taught(job: EmbedderJob, rank: Rank, source: TrainingSource, rows: RowSetti
     wait()
     taught = np.empty((len(texts), *share.shape[1:]), dtype=np.float32)
     for other, path in enumerate(shares):
-        taught[other :: rank.world_size] = np.load(path)
+        taught[other :: rank.world_size] = np.load(path, allow_pickle=False)
     return taught
