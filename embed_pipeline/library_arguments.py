@@ -359,7 +359,8 @@ def _enumerated(file: str, name: str) -> tuple[str, ...]:
     """The values of an enumeration of texts in an installed package, as they are given."""
     for node in _parsed(file).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
-            values = [item.value.value for item in node.body if isinstance(item, ast.Assign) and _is_text(item.value)]
+            assigned = [item.value for item in node.body if isinstance(item, ast.Assign)]
+            values = [one.value for one in assigned if isinstance(one, ast.Constant) and isinstance(one.value, str)]
             return tuple(value.lower() for value in values if value != "NO")
     raise _unknown_version(file, name)
 
@@ -402,10 +403,6 @@ def _type_of(default: ast.expr | None) -> str | None:
     if not isinstance(default, ast.Constant) or default.value is None:
         return None
     return "float" if type(default.value) is int else type(default.value).__name__
-
-
-def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 @functools.cache

@@ -203,6 +203,7 @@ def _documents(text: str, file: Path) -> Iterator[Document]:
     try:
         while loader.check_node():
             node = loader.get_node()
+            assert node is not None  # check_node found one
             lines: dict[Key, int] = {}
             _Walk(file, lines).visit(node, (), ())
             value = loader.construct_document(node)

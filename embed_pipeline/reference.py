@@ -53,6 +53,13 @@ def settings_reference() -> str:
         "Everything that a pipeline's YAML can say under `attributes`, made from `embed_pipeline/settings.py`. Why the",
         "defaults are what they are stands in the README. A key that is not here is refused when definitions load.",
         "",
+        "A text is what is written, quoted or not: only `{{ env.NAME }}` is replaced, by the text of the environment",
+        "variable, and one that is not set is an error. A key that stands twice and a value that is out of bounds are",
+        "errors too. An error names file, line and key. The pipeline of a broken YAML is replaced by one asset,",
+        "`<pipeline>/broken_yaml`, which fails with the reason, as its check, schedule and sensors say it; the other",
+        "pipelines work on, and `dg check defs` fails. Settings are published with every version, so an address with a",
+        "password and a token of the Hub are refused anywhere in them: leave those to the environment.",
+        "",
     ]
     for model, keys in _models(PipelineSettings):
         where = "`attributes`" if not keys else ", ".join(f"`{key}`" for key in keys)

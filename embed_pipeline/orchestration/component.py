@@ -41,15 +41,10 @@ def _with_templates(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     if schema.get("type") in ("number", "integer", "boolean"):
-        of_value = {key: value for key, value in schema.items() if key not in _ABOUT}
-        return {
-            **{key: value for key, value in schema.items() if key in _ABOUT},
-            "anyOf": [of_value, {"type": "string", "pattern": _TEMPLATE_OR_NUMBER}],
-        }
+        return {**schema, "type": [schema["type"], "string"], "pattern": _TEMPLATE_OR_NUMBER}
     return {key: _with_templates(value) for key, value in schema.items()}
 
 
-_ABOUT = ("title", "description", "default")
 _TEMPLATE_OR_NUMBER = r"^\s*(\{\{\s*env\.\w+\s*\}\}|[-+]?[0-9.]+([eE][-+]?[0-9]+)?)\s*$"
 
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from pydantic import BaseModel, ConfigDict
 
 from embed_pipeline.errors import HubError
+from embed_pipeline.masking import without_password
 
 # A model's files of before that the new one does not have are removed; what people added by hand stays.
 MODEL_FILES = ["*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.onnx", "*.onnx.data", "*.xml", "*.npy"]
@@ -65,13 +66,13 @@ def push(folder: Path, repository: str, *, private: bool, tag: str, message: str
         # A server that stumbles or a line that breaks may be better in a minute; a refusal will not.
         passing = status >= 500 or status == 429 or (status == 0 and isinstance(error, OSError))
         raise HubError(
-            f"the Hub at {api.endpoint} did not take {repository}: {error}.{hint}", passing=passing
+            without_password(f"the Hub at {api.endpoint} did not take {repository}: {error}.{hint}"), passing=passing
         ) from error
     return Pushed(
         repository=repository,
         commit=commit.oid,
         tag=tag,
-        url=f"{api.endpoint}/{repository}/tree/{commit.oid}",
+        url=f"{without_password(api.endpoint)}/{repository}/tree/{commit.oid}",
         private=private if found is None else found,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )

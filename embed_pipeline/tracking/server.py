@@ -16,9 +16,8 @@ def tracking_uri() -> str:
 def ui_address() -> str:
     """Where a person opens MLflow: the server itself, or what `make mlflow` serves."""
     uri = tracking_uri()
-    return os.environ.get("MLFLOW_UI_URL") or (
-        without_password(uri) if uri.startswith("http") else "http://127.0.0.1:5000"
-    )
+    served = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    return without_password(os.environ.get("MLFLOW_UI_URL") or served)
 
 
 def fail_in_seconds() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.orchestration.conftest import SmallPipeline
@@ -67,8 +70,63 @@ def test_dg_launch_materializes(make_pipeline: MakePipeline) -> None:
     assert small.store.current("raw_pairs").report["rows"] == 120
 
 
-def test_dg_scaffold_writes_a_pipeline_that_says_what_to_fill_in(make_pipeline: MakePipeline) -> None:
-    listed = run(make_pipeline(), "dg", "list", "components")
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of this project without the demo, which `dg` may write into."""
+    folder = tmp_path / "project"
+    leave = shutil.ignore_patterns("__pycache__", "demo")
+    shutil.copytree(REPOSITORY / "embed_pipeline", folder / "embed_pipeline", ignore=leave)
+    (folder / "embed_pipeline" / "defs").mkdir(exist_ok=True)
+    shutil.copy(REPOSITORY / "pyproject.toml", folder)
+    return folder
 
+
+def run_in(project: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """A command on the copy alone, whose code comes before that of the installed project."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("EMBED_PIPELINE_")}
+    environment = {**inherited, "PYTHONPATH": str(project), "DAGSTER_HOME": str(project), "NO_COLOR": "1"}
+    tool = str(Path(sys.executable).with_name(command[0]))
+    return subprocess.run([tool, *command[1:]], cwd=project, env=environment, capture_output=True, text=True)
+
+
+def test_dg_scaffold_writes_a_pipeline_that_loads_once_it_is_filled_in(project: Path) -> None:
+    scaffolded = run_in(project, "dg", "scaffold", "defs", "embed_pipeline.RetrievalPipeline", "support")
+    assert scaffolded.returncode == 0, scaffolded.stdout[-2000:] + scaffolded.stderr[-2000:]
+    written = project / "embed_pipeline" / "defs" / "support" / "defs.yaml"
+    assert "name: support" in written.read_text()
+
+    open_yet = run_in(project, "dg", "check", "defs")
+    assert open_yet.returncode == 1
+    told = open_yet.stdout + open_yet.stderr
+    assert f"{written}:" in told
+    assert "needs `revision`: the 40-digit commit hash" in told
+
+    written.write_text(
+        written.read_text().replace("FILL IN: 40-digit commit", "5c38ec7c405ec4b44b94cc5a9bb96e735b38267a")
+    )
+    (written.parent / "raw").mkdir()
+    pq.write_table(pa.table({"query": ["what"], "passage": ["this"]}), written.parent / "raw" / "pairs.parquet")
+    listed = run_in(project, "dg", "list", "defs", "--json")
     assert listed.returncode == 0, listed.stderr[-2000:]
-    assert "embed_pipeline.RetrievalPipeline" in listed.stdout
+    assert "support/champion" in listed.stdout
+    assert "broken_yaml" not in listed.stdout
+
+
+def test_a_broken_yaml_fails_the_check_and_not_the_runs_of_others(make_pipeline: MakePipeline) -> None:
+    small = make_pipeline()
+    broken = small.folder / "broken" / "defs.yaml"
+    broken.parent.mkdir()
+    broken.write_text("type: embed_pipeline.RetrievalPipeline\nattributes:\n  name: broken\n")
+
+    done = materialize(small, "small/raw_pairs", {})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert small.store.current("raw_pairs").report["rows"] == 120
+    assert f"{broken}:2: source: Field required" in done.stderr
+
+    refused = materialize(small, "key:broken/*", {})
+    assert refused.returncode == 1
+    assert f"{broken}:2: source: Field required" in refused.stderr + refused.stdout
+
+    checked = run(small, "dg", "check", "defs")
+    assert checked.returncode == 1
+    assert f"{broken}:2: source: Field required" in checked.stdout + checked.stderr

@@ -177,7 +177,8 @@ def test_the_cause_of_a_failing_training_is_the_error_of_the_asset(make_pipeline
     small = make_pipeline()
     small.materialize("raw_pairs", "cleaned_pairs", "hard_negatives")
 
-    result = small.materialize("embedder", config={"embedder": {"learning_rate": 1e30}}, raise_on_error=False)
+    diverging = {"learning_rate": 100.0, "weight_decay": 10.0, "max_steps": 30}
+    result = small.materialize("embedder", config={"embedder": diverging}, raise_on_error=False)
 
     assert "Lower learning_rate" in _failure(result, "embedder")
     assert not small.store.has_current("embedder")

@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
 from embed_pipeline.definitions import defs, load_folder
 from embed_pipeline.errors import ConfigurationError
@@ -300,3 +301,14 @@ def test_two_pipelines_may_stand_in_one_file(
     two.write_text(f"{first}---\n{two.read_text()}")
 
     assert {"small/embedder", "second/embedder", "shop/broken_yaml"} <= keys_of(deployment(SHOP))
+
+
+def test_the_schema_that_dg_checks_by_takes_what_is_read_and_no_more() -> None:
+    schema = Draft202012Validator(RetrievalPipeline.get_model_cls().model_json_schema())
+    right = {"name": "shop", "source": {"path": "x"}, "embedder": {"base_model": {"path": "m"}}}
+    for given in (right, {**right, "seed": "{{ env.SEED }}"}, changed(right, {"embedder.learning_rate": "1e-5"})):
+        assert schema.is_valid(given)
+    for wrong in ({"seed": -1}, {"seed": "many"}, {"gate": {"min_queries": 0}}, {"minning": {}}, {"name": "a" * 99}):
+        assert not schema.is_valid({**right, **wrong})
+    (problem,) = schema.iter_errors({**right, "seed": -1})
+    assert problem.message == "-1 is less than the minimum of 0"

@@ -66,7 +66,7 @@ def test_a_training_is_done_followed_and_stopped(
     launch(alone, tmp_path / "alone")
     assert same_weights(read_output(job), read_output(alone))
 
-    broken = job_of("embedder", tmp_path / "broken", 1, learning_rate=1e30, epochs=100)
+    broken = job_of("embedder", tmp_path / "broken", 1, learning_rate=100.0, weight_decay=10.0, epochs=100)
     with pytest.raises(TrainingError, match=r"^the loss became nan"):
         launch_job(broken, broken.write(broken.output / "job.json"), None, site)
 

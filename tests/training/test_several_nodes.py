@@ -84,7 +84,7 @@ def test_two_nodes_do_one_training_and_a_failure_on_either_ends_both(
         assert same_weights(read_output(job), undisturbed(job_of, tmp_path))
         # Nothing is left of it, and the same node joins the next one.
         assert list(site.announcements.iterdir()) == []
-        broken = job_of("embedder", shop / "broken", 2, learning_rate=1e30, epochs=100)
+        broken = job_of("embedder", shop / "broken", 2, learning_rate=100.0, weight_decay=10.0, epochs=100)
         with pytest.raises(TrainingError, match="the loss became nan"):
             launch_job(broken, broken.write(broken.output / "job.json"), None, site)
         wait_until(lambda: joiner.children() == [], joiner, 30)

@@ -138,8 +138,8 @@ def test_killing_the_launching_process_cancels_the_job(
 def test_the_failing_rank_and_what_slurm_refuses_are_told(
     job_of: Callable[..., TrainingJob], allocated: Callable[..., None], tmp_path: Path
 ) -> None:
-    job = job_of("embedder", tmp_path / "output", 2, learning_rate=1e30, epochs=100)
-    with pytest.raises(TrainingError, match=r"^the loss became nan by step \d+, at learning_rate 1e\+30"):
+    job = job_of("embedder", tmp_path / "output", 2, learning_rate=100.0, weight_decay=10.0, epochs=100)
+    with pytest.raises(TrainingError, match=r"^the loss became nan by step \d+, at learning_rate"):
         allocated(job)
     with pytest.raises(TrainingError, match=r"^sbatch refused the job: invalid partition .*\. See launch.sbatch"):
         allocated(job, sbatch={"partition": "none"})
