@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow docs ui mlflow clean
+.PHONY: help setup demo test test-slow mutation docs ui mlflow clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,11 @@ test: setup  ## lint, type check and test
 
 test-slow: setup  ## the tests that take longer than a minute each (CI runs them after `make test`)
 	$(BIN)/python -m pytest -m slow --durations 30 $(IN_PARALLEL)
+
+mutation: setup  ## MODULE=evaluation.gate: which bugs put into it do its tests miss? (several minutes)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutation]'
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/mutmut run 'embed_pipeline.$(MODULE).*'
+	$(BIN)/mutmut results
 
 docs: setup  ## write docs/settings.md and docs/losses.md anew from the code
 	$(BIN)/python -m embed_pipeline.reference docs

@@ -86,6 +86,107 @@ def test_a_gain_that_may_be_chance_is_refused_and_a_small_real_one_passes_unless
     assert "a gain of at least 0.020 is needed" in asked.reasons[0]
 
 
+def gaining(gains: list[float]) -> Values:
+    """A base embedder at 0.5 on every question, and a candidate that gains so much on each."""
+    by_system = {"base_embedder": [0.5] * len(gains), "embedder": [0.5 + gain for gain in gains]}
+    return {
+        system: {metric: {f"q{i}": v for i, v in enumerate(of_queries)} for metric in METRICS}
+        for system, of_queries in by_system.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("gains", "interval_agrees", "permutation_agrees"),
+    [
+        # All five gain, so every resample does; but 2 of 32 sign patterns are as extreme: p = 0.0625.
+        ([0.1] * 5, True, False),
+        # One heavy loss: 8 % of the resamples draw it three times and lose; few sign patterns come near the sum.
+        ([0.04] * 24 + [-0.3], False, True),
+        ([0.1] * 10, True, True),
+        ([0.1, -0.1] * 5 + [0.01], False, False),
+    ],
+)
+def test_interval_and_permutation_test_each_can_refuse(
+    gains: list[float], interval_agrees: bool, permutation_agrees: bool
+) -> None:
+    report = verdict(gaining(gains), GateSettings(max_loss={}, min_queries=1))
+    found = report.judgements[0].found
+    assert found.gain > 0
+    assert (found.interval_low > 0, found.p_value <= 0.05) == (interval_agrees, permutation_agrees)
+    assert report.passed == (interval_agrees and permutation_agrees)
+    if not report.passed:
+        assert "(more than chance is needed)" in report.reasons[0]
+
+
+def test_the_confidence_asked_for_is_that_of_both_tests() -> None:
+    values = gaining([0.1] * 5)
+    gate = GateSettings(max_loss={}, min_queries=1)
+    assert judge(values, gate, EvaluationSettings(bootstrap_samples=1_000, confidence=0.9), 7).passed
+    assert not judge(values, gate, EvaluationSettings(bootstrap_samples=1_000, confidence=0.95), 7).passed
+
+
+def test_exactly_what_is_asked_is_enough_and_exactly_what_is_allowed_is_not_too_much() -> None:
+    """0.6 - 0.5 and 0.7 - 0.8 in binary fractions lie on the wrong side of 0.1 and -0.1 by rounding."""
+    assert 0.6 - 0.5 < 0.1 and 0.7 - 0.8 < -0.1  # noqa: PT018
+    values = {
+        system: {metric: dict.fromkeys([f"q{i}" for i in range(QUERIES)], value) for metric in METRICS}
+        for system, value in {"base_embedder": 0.5, "embedder": 0.6}.items()
+    }
+    for system, value in {"base_embedder": 0.8, "embedder": 0.7}.items():
+        values[system]["recall_at_100"] = dict.fromkeys(values[system]["recall_at_100"], value)
+    assert verdict(values, GateSettings(min_gain=0.1, max_loss={"recall_at_100": 0.1})).passed
+    assert not verdict(values, GateSettings(min_gain=0.1001, max_loss={"recall_at_100": 0.1})).passed
+    assert not verdict(values, GateSettings(min_gain=0.1, max_loss={"recall_at_100": 0.0999})).passed
+
+
+def test_a_verdict_is_the_same_each_time() -> None:
+    values = values_of(base_embedder=0.5, embedder=0.52, reranker=0.53, champion_embedder=0.5, champion_pair=0.51)
+    assert verdict(values) == verdict(values)
+
+
+def test_what_is_demanded_and_against_whom() -> None:
+    """All demands in their order: system, opponent, metric, demand."""
+
+    def demands(values: Values) -> list[tuple[str, str, str, str]]:
+        judgements = verdict(values, GateSettings(max_loss={"recall_at_100": 0.01})).judgements
+        return [(j.found.system, j.against, j.found.metric, j.demand) for j in judgements]
+
+    main, guard, better, kept = "ndcg_at_10", "recall_at_100", "better", "not worse"
+    assert demands(values_of(base_embedder=0.4, embedder=0.5)) == [
+        ("embedder", "base_embedder", main, better),
+        ("embedder", "base_embedder", guard, kept),
+    ]
+    everyone = ["base_embedder", "base_pair", "embedder", "reranker", "champion_embedder", "champion_pair"]
+    assert demands(values_of(**dict.fromkeys(everyone, 0.5))) == [
+        ("reranker", "champion_pair", main, better),
+        ("embedder", "champion_embedder", main, kept),
+        ("reranker", "champion_pair", guard, kept),
+        ("embedder", "champion_embedder", guard, kept),
+        ("reranker", "base_pair", main, better),
+        ("embedder", "base_embedder", main, kept),
+        ("reranker", "base_pair", guard, kept),
+        ("embedder", "base_embedder", guard, kept),
+        ("reranker", "embedder", main, kept),
+    ]
+
+
+def test_a_reranker_does_not_hide_what_its_embedder_loses() -> None:
+    values = values_of(base_embedder=0.4, embedder=0.5, reranker=0.6)
+    values["embedder"]["recall_at_100"] = {q: v - 0.03 for q, v in values["base_embedder"]["recall_at_100"].items()}
+    report = verdict(values)
+    assert report.outcome == "refuse"
+    assert "the fine-tuned embedder loses more than the 0.010 allowed against the base embedder" in report.reasons[0]
+
+
+def test_a_loss_of_the_primary_metric_may_be_allowed_to_each_model_alone() -> None:
+    values = values_of(base_embedder=0.5, embedder=0.45, reranker=0.6)
+    assert "fine-tuned embedder loses more than the 0.000 allowed" in verdict(values).reasons[0]
+    assert verdict(values, GateSettings(max_loss={"ndcg_at_10": 0.06})).passed
+    # What serves has to be better all the same.
+    worse = values_of(base_embedder=0.5, embedder=0.49, reranker=0.48)
+    assert "not shown to be better" in verdict(worse, GateSettings(max_loss={"ndcg_at_10": 0.06})).reasons[0]
+
+
 def test_a_guard_metric_may_lose_what_is_allowed_and_no_more() -> None:
     values = values_of(base_embedder=0.5, embedder=0.6)
     values["embedder"]["recall_at_100"] = {q: v - 0.03 for q, v in values["base_embedder"]["recall_at_100"].items()}
@@ -126,6 +227,8 @@ def test_what_the_champion_was_trained_on_does_not_count_for_it() -> None:
     assert verdict(values, seen_by_champion=seen).outcome == "too_few"
     everything = [f"q{i}" for i in range(QUERIES)]
     assert verdict(values, seen_by_champion=everything).outcome == "too_few"
+    unseen = verdict(values, GateSettings(min_queries=1), seen_by_champion=everything)
+    assert unseen.reasons[0] == "0 test questions are too few to tell: gate.min_queries asks for 1"
 
 
 def test_nan_is_refused_whatever_the_rest_says() -> None:
@@ -133,7 +236,9 @@ def test_nan_is_refused_whatever_the_rest_says() -> None:
     values["embedder"]["ndcg_at_10"]["q7"] = math.nan
     report = verdict(values)
     assert report.outcome == "refuse"
-    assert "nDCG@10 of the fine-tuned embedder is not a number for 1 of 200 questions (first: q7)" in report.sentence
+    assert report.sentence == (
+        "refused: nDCG@10 of the fine-tuned embedder is not a number for 1 of 200 questions (first: q7)"
+    )
 
 
 def test_a_lost_guard_set_refuses() -> None:
@@ -164,7 +269,10 @@ def test_an_embedder_alone_has_to_beat_the_pair_that_serves() -> None:
     report = verdict(values_of(**means))
     assert report.outcome == "refuse"
     assert "not shown to be better than the champion (embedder and reranker)" in report.reasons[0]
-    assert "has a reranker and the candidate has none" in report.reasons[-1]
+    assert report.reasons[-1] == (
+        "what serves has a reranker and the candidate has none. Where that is meant, take the champion out of service "
+        "with `embed-pipeline retire`, and evaluate again"
+    )
     assert verdict(values_of(**{**means, "embedder": 0.7})).passed
     # The other way round: a pair has to beat the embedder that serves alone.
     alone = {"base_embedder": 0.4, "embedder": 0.5, "reranker": 0.6, "champion_embedder": 0.5}

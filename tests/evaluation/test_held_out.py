@@ -63,6 +63,13 @@ def test_seen_are_own_questions_and_answers_by_id_and_by_text(trained: Path, tmp
     assert held_out_queries_among(trained, now) == ["q1"]
 
 
+@pytest.mark.parametrize(("split", "held_out"), [("train", []), ("dev", ["q1", "q2"]), ("test", ["q1", "q2"])])
+def test_dev_and_test_are_held_out_of_training(trained: Path, tmp_path: Path, split: str, held_out: list[str]) -> None:
+    questions = [("q2", "Two?"), ("q1", "One?"), ("q3", "Nobody trained on it?")]
+    cleaned = write_cleaned(tmp_path / "cleaned", questions, [("p1", "I")], [], split=split)
+    assert held_out_queries_among(trained, cleaned) == held_out
+
+
 def test_seen_in_every_source_that_was_trained_on(trained: Path, tmp_path: Path) -> None:
     """A question that stood in an extra source of examples, or among the negatives of an extra retrieval source."""
     then = write_cleaned(

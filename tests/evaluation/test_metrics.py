@@ -118,7 +118,10 @@ def test_a_constant_scorer_has_the_worst_figure_whatever_the_ids(relevant: str) 
 
 
 def test_what_counts() -> None:
-    qrels = {"missing": {"a": 1.0}, "empty": {"a": 1.0}, "only_zero": {"a": 0.0}, "found": {"a": 1.0, "b": 0.0}}
+    qrels = {
+        **{"missing": {"a": 1.0}, "empty": {"a": 1.0}, "only_zero": {"a": 0.0}, "found": {"a": 1.0, "b": 0.0}},
+        **{"unjudged_by_all": {}, "negative": {"a": -0.5}, "negative_and_zero": {"a": -0.5, "b": 0.0}},
+    }
     run = {"empty": {}, "found": {"b": 2.0, "a": 1.0}, "unjudged": {"a": 1.0}}
     assert per_query(qrels, run)["mrr_at_10"] == {"missing": 0.0, "empty": 0.0, "found": 0.5}
 
@@ -137,7 +140,7 @@ def test_nothing_uncomputable_becomes_zero() -> None:
         per_query({"q": {"a": float("nan")}}, {})
     with pytest.raises(ValueError, match="none of the 1 judged queries has a relevant passage"):
         per_query({"q": {"a": 0.0}}, {})
-    with pytest.raises(ValueError, match="unknown metric 'ndcg@10'"):
+    with pytest.raises(ValueError, match="unknown metric 'ndcg@10'; known are ndcg_at_10, mrr_at_10, "):
         per_query({"q": {"a": 1.0}}, {}, ["ndcg@10"])
 
 

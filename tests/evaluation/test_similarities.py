@@ -17,7 +17,7 @@ from embed_pipeline.evaluation.gate import judge
 from embed_pipeline.evaluation.similarities import Similarities, compare_similarities
 from embed_pipeline.settings import EvaluationSettings, GateSettings
 
-SETTINGS = EvaluationSettings(bootstrap_samples=2_000)
+SETTINGS = EvaluationSettings(bootstrap_samples=500)
 GATE = GateSettings(metric="spearman", max_loss={}, min_queries=100)
 
 
@@ -93,6 +93,7 @@ def test_the_gate_promotes_what_orders_pairs_better(noisy: Similarities) -> None
     assert (found.outcome, len(found.judgements)) == ("promote", 1)
     assert "Spearman 0." in found.sentence
     assert "over the base embedder; to be promoted" in found.sentence
+    assert found == judge(of(noisy, base_embedder="base_embedder", embedder="embedder"), GATE, SETTINGS, 1)
 
 
 def test_the_gate_refuses_what_only_chance_speaks_for_and_too_few_pairs(noisy: Similarities) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ class Case:
     def scores(self, rows: np.ndarray, query: np.ndarray, passage: np.ndarray) -> np.ndarray:
         return (self.queries[rows][query].astype(float) * self.passages[passage]).sum(1).astype(np.float32)
 
-    def select(self, rows: np.ndarray | None = None, veto: bool = False, **named: int) -> Selection:
+    def select(self, rows: np.ndarray | None = None, veto: bool = False, **named: Any) -> Selection:
         rows = np.arange(len(self.query_ids)) if rows is None else rows
         refuse = lambda query, passage: (passage + rows[query]) % 3 == 0  # noqa: E731
         return select(
@@ -108,6 +109,77 @@ def test_promises(case: Case, veto: bool) -> None:
             if origin == RANDOM:
                 assert case.mining.fill_with_random
                 assert rank >= case.mining.top_k
+
+
+def by_hand(
+    case: Case, veto: bool, closed: np.ndarray
+) -> tuple[dict[int, list[tuple[int, int, float]]], dict[int, set[int]], list[tuple[int, int, int, float, str]]]:
+    """The rules, one query at a time: what is taken but for random ones, what those may be, and what is refused."""
+    everyone = np.arange(len(case.query_ids))
+    candidates, settings = case.candidates(everyone), case.mining
+    taken: dict[int, list[tuple[int, int, float]]] = {}
+    fillers: dict[int, set[int]] = {}
+    refused: list[tuple[int, int, int, float, str]] = []
+    for query in everyone.tolist():
+        grade = case.grade[query]
+        own = case.scores(everyone, np.full(len(case.passages), query), np.arange(len(case.passages)))
+        near = set(case.clusters[grade > 0].tolist())
+        judged = [p for p in np.flatnonzero(grade == 0).tolist() if case.clusters[p] not in near]
+        judged = sorted(judged, key=lambda p: (-own[p], p))[: settings.num_negatives]
+        rows = [(p, GIVEN, float(own[p])) for p in judged]
+        allowed = thresholds(own[grade == 1].min(keepdims=True), settings)[0]
+        passed_over, last = [], -1
+        for rank, (passage, score) in enumerate(zip(candidates.indices[query], candidates.scores[query], strict=True)):
+            if len(rows) == settings.num_negatives or closed[query]:
+                break
+            last = rank
+            if rank < settings.range_min or passage in judged:
+                continue
+            if grade[passage] > 0:
+                reason = "known_positive"
+            elif case.clusters[passage] in near:
+                reason = "near_duplicate_of_positive"
+            elif score > allowed:
+                reason = "above_threshold"
+            elif veto and (passage + query) % 3 == 0:
+                reason = "vetoed"
+            else:
+                rows.append((int(passage), MINED, float(score)))
+                continue
+            passed_over.append((query, int(passage), rank, float(score), reason))
+        refused += [row for row in passed_over if row[2] <= last]
+        if rows:
+            taken[query] = rows
+        fillers[query] = {
+            p for p in range(len(case.passages)) if case.clusters[p] not in near and p not in judged
+        } - set(candidates.indices[query].tolist())
+        if closed[query] or not settings.fill_with_random:
+            fillers[query] = set()
+    return taken, fillers, refused
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=cases, veto=st.booleans(), some_closed=st.booleans())
+def test_the_hardest_are_taken_as_by_hand(case: Case, veto: bool, some_closed: bool) -> None:
+    case.mining = case.mining.model_copy(update={"sampling": "top"})
+    count = len(case.query_ids)
+    closed = np.random.default_rng(case.seed).random(count) < 0.3 if some_closed else np.zeros(count, dtype=bool)
+    selection = case.select(veto=veto, closed=closed if some_closed else None)
+    taken, fillers, refused = by_hand(case, veto, closed)
+    found = rows_of(selection)
+    everyone = np.arange(count)
+    for query in range(count):
+        drawn = [row for row in found.get(query, []) if row[1] == RANDOM]
+        assert [row for row in found.get(query, []) if row[1] != RANDOM] == taken.get(query, [])
+        missing = case.mining.num_negatives - len(taken.get(query, []))
+        assert len(drawn) == len({p for p, _, _ in drawn}) == min(missing, len(fillers[query]))
+        assert {p for p, _, _ in drawn} <= fillers[query]
+        own = case.scores(everyone, np.full(len(drawn), query), np.array([p for p, _, _ in drawn], dtype=np.int64))
+        assert [score for _, _, score in drawn] == own.tolist()
+        assert drawn == sorted(drawn, key=lambda row: (-row[2], row[0]))
+    columns = [selection.refused_query, selection.refused_passage, selection.refused_rank, selection.refused_score]
+    reasons = [REASONS[reason] for reason in selection.refused_reason]
+    assert list(zip(*(column.tolist() for column in columns), reasons, strict=True)) == refused
 
 
 @settings(max_examples=60, deadline=None)
@@ -199,3 +271,31 @@ def test_random_sampling_differs_by_seed_and_covers_the_window() -> None:
     # Each of 20 places is expected 100 times with a deviation of 9.
     assert often.min() == pytest.approx(100, abs=45)
     assert often.max() == pytest.approx(100, abs=45)
+
+
+def none_judged() -> tuple[np.ndarray, np.ndarray]:
+    return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+
+
+def one_query(passages: int, top_k: int) -> Candidates:
+    """Passage 0 is its positive, 1 to `top_k` are retrieved."""
+    return Candidates(
+        np.arange(1, top_k + 1)[None, :],
+        np.linspace(0.5, 0.1, top_k, dtype=np.float32)[None, :],
+        np.array(["q17"], dtype=object),
+        np.arange(passages),
+        (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)),
+        none_judged(),
+        none_judged(),
+    )
+
+
+def test_a_seed_gives_the_same_negatives_on_every_machine() -> None:
+    """Where these change, the same recipe gives other negatives: `stages.CODE_VERSIONS` has to change as well."""
+    flat = lambda query, passage: np.full(len(query), 0.9, dtype=np.float32)  # noqa: E731
+    mining = MiningSettings(top_k=20, num_negatives=6, sampling="random", max_score_ratio=None)
+    assert select(one_query(30, 20), mining, 3, flat).passage.tolist() == [1, 7, 9, 14, 15, 19]
+    # All that is retrieved lies above the threshold, so all six are drawn: from what is left, or blindly.
+    mining = MiningSettings(top_k=5, num_negatives=6, max_score_ratio=0.01)
+    assert select(one_query(14, 5), mining, 3, flat).passage.tolist() == [7, 8, 9, 10, 11, 13]
+    assert select(one_query(1_000, 5), mining, 3, flat).passage.tolist() == [165, 232, 317, 451, 626, 725]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +65,7 @@ def test_the_whole_pipeline_and_what_a_second_run_does(make_pipeline: MakePipeli
     _models_load(small)
     _figures_are_complete(small)
     _metrics_came_live(first)
+    _trainings_are_shown(first)
     _mlflow_has_everything(small, first.run_id)
     runs = set(_mlflow_runs(small))
 
@@ -114,6 +117,23 @@ def _metrics_came_live(result: dg.ExecuteInProcessResult) -> None:
     assert len(losses) == 4
     assert any("dev_ndcg_at_10" in o.metadata for o in of_embedder)
     assert [o.metadata["preflight"].value for o in of_embedder if "preflight" in o.metadata]
+
+
+def _trainings_are_shown(result: dg.ExecuteInProcessResult) -> None:
+    """Figures, the model's card and a picture of loss and dev figure, in both trainings' metadata."""
+    metadata = {
+        event.asset_key.path[-1]: event.materialization.metadata
+        for event in result.get_asset_materialization_events()
+        if event.asset_key is not None
+    }
+    for model in ("embedder", "reranker"):
+        shown = {name: value.value for name, value in metadata[model].items()}
+        assert {"steps", "dev_before", "dev_best", "precision"} <= set(shown)
+        assert "base model" in str(shown["card"]).lower()
+        title, _, encoded = str(shown["curve"]).partition("](data:image/svg+xml;base64,")
+        assert title == "![loss and the dev figure over steps"
+        svg = base64.b64decode(encoded.removesuffix(")")).decode()
+        assert {">loss<", ">step<", ">dev ndcg_at_10<"} <= set(re.findall(r">[a-z_0-9 ]+<", svg))
 
 
 def _mlflow_runs(small: SmallPipeline) -> dict[str, mlflow.entities.Run]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,47 @@ def test_dropout_is_for_the_training_only(train_here: Callable[..., Trained]) ->
 def test_all_the_optimizer_settings_are_taken(train_here: Callable[..., Trained], engine: str) -> None:
     trained = train_here(
         "embedder", engine=engine, train_group_size=1, gradient_accumulation_steps=2, gradient_checkpointing=True,
-        precision="bfloat16", scheduler="cosine", train_queries=32, max_steps=3, negatives_cross_device=False,
+        precision="bfloat16", scheduler="cosine", warmup_ratio=0.34, logging_steps=1, train_queries=32, max_steps=6,
+        learning_rate=4e-4, negatives_cross_device=False, evaluations=1,
     )  # fmt: skip
     assert trained.summary["queries"] == 32
-    assert (trained.summary["steps"], trained.summary["precision"]) == (3, "bfloat16")
+    assert (trained.summary["steps"], trained.summary["precision"]) == (6, "bfloat16")
+    # Three steps of warm-up from 0, then half a cosine from the full rate towards 0.
+    shares = [0.0, 1 / 3, 2 / 3, *((1 + math.cos(math.pi * i / 3)) / 2 for i in (0, 1, 2))]
+    rates = {row["step"]: row["learning_rate"] for row in trained.log if "learning_rate" in row}
+    assert list(rates) == [1, 2, 3, 4, 5, 6]
+    assert list(rates.values()) == pytest.approx([4e-4 * share for share in shares], abs=1e-9)
+
+
+@pytest.mark.parametrize("engine", ["sentence-transformers", "flag-embedding"])
+@pytest.mark.parametrize("kind", ["embedder", "reranker"])
+def test_a_step_changes_the_weights_by_what_the_settings_say(
+    train_here: Callable[..., Trained], base_models: tuple[Path, Path], kind: str, engine: str
+) -> None:
+    """By SGD, where a step is learning_rate times (the clipped gradient, and weight_decay times the weights)."""
+    base = base_models[kind == "reranker"]
+    rate, norm, decay = 0.5, 0.01, 0.125
+
+    def weights(**settings: Any) -> dict[str, torch.Tensor]:
+        trained = train_here(
+            kind, lambda job: job.model_copy(update={"base_model": base}), engine=engine, preflight=False,
+            learning_rate=rate, max_grad_norm=norm, warmup_ratio=0.5, max_steps=2, evaluations=1, logging_steps=1,
+            arguments={"optim": "sgd"}, **settings,
+        )  # fmt: skip
+        assert min(row["grad_norm"] for row in trained.log if "grad_norm" in row) > norm
+        return load_file(trained.model / "model.safetensors")
+
+    before = load_file(base / "model.safetensors")
+    plain, decayed = weights(weight_decay=0.0), weights(weight_decay=decay)
+    # The first of two steps is the warm-up's, at rate 0.
+    length = math.sqrt(sum(float((plain[name] - before[name]).square().sum()) for name in before))
+    assert length == pytest.approx(rate * norm, rel=0.02)
+    changed = {name for name in before if not decayed[name].equal(plain[name])}
+    for name in changed:
+        torch.testing.assert_close(decayed[name] - plain[name], -rate * decay * before[name], rtol=0, atol=2e-7)
+    dense = {name for name in before if name.endswith(("query.weight", "dense.weight")) and "pooler" not in name}
+    assert dense <= changed
+    assert not [name for name in changed if name.endswith("bias") or "LayerNorm" in name]
 
 
 @pytest.mark.parametrize("kind", ["embedder", "reranker"])
