@@ -230,12 +230,13 @@ def resolve_judgements(connection: Connection) -> None:
             f"""SELECT row, 'same text as {what} ' || {what}_id AS detail FROM {named} WHERE kind = '{what}'
                 QUALIFY row_number() OVER (PARTITION BY {what}_id ORDER BY own_id <> {what}_id, row) > 1""",
         )
-    for what, reason, named in (
+    unknown: tuple[tuple[Literal["query", "passage"], str, str], ...] = (
         ("query", reasons.UNKNOWN_QUERY, "asked"),
         ("passage", reasons.UNKNOWN_PASSAGE, "mentions"),
-    ):
-        connection.execute(f"CREATE TABLE {what}_ids AS SELECT DISTINCT own_id, {what}_id AS id FROM {named}")
-        reject(connection, reason, _unknown_ids(connection, what))
+    )
+    for text, reason, named in unknown:
+        connection.execute(f"CREATE TABLE {text}_ids AS SELECT DISTINCT own_id, {text}_id AS id FROM {named}")
+        reject(connection, reason, _unknown_ids(connection, text))
     connection.execute(
         """CREATE VIEW stated AS
            SELECT row, q.id AS query_id, p.id AS passage_id, n.id AS negative_id,

@@ -657,7 +657,9 @@ class _Predicted:
         logits = torch.from_numpy(self.reranker.score(pairs, progress=False))
         if not torch.isfinite(logits).all():
             raise _NotFiniteError
-        scores: np.ndarray = self.reranker.model.activation_fn(logits).numpy()
+        activation = self.reranker.model.activation_fn
+        assert activation is not None
+        scores: np.ndarray = activation(logits).numpy()
         return scores
 
 

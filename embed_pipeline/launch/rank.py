@@ -78,7 +78,7 @@ def meet(place: Place, timeout: timedelta) -> None:
             "embed_pipeline.launch.agent --rdzv-backend=files`, which takes torchrun's other options"
         )
     assert hasattr(distributed_c10d, "_unpickler")
-    distributed_c10d._unpickler = _refuse
+    distributed_c10d._unpickler = _refuse  # type: ignore[assignment]
     store = FileStore(path, place.world_size)
     store.set_timeout(timeout)
     torch.distributed.init_process_group(

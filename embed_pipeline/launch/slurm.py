@@ -21,7 +21,7 @@ from pathlib import Path
 
 from embed_pipeline.launch.heartbeat import HEARTBEAT_VARIABLE, Heart
 from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, leave_error
-from embed_pipeline.launch.torchrun import SHUTDOWN_SECONDS, Rendezvous, torchrun_command
+from embed_pipeline.launch.torchrun import ONE_NODE, SHUTDOWN_SECONDS, Rendezvous, torchrun_command
 from embed_pipeline.settings import LaunchSettings
 
 SCRIPT_FILE = "job.sbatch"
@@ -79,14 +79,20 @@ def sbatch_script(entry_point: str, job_file: Path, processes: int, launch: Laun
     )
     here = shlex.quote(str(folder))
     meeting = f"{here}/{RENDEZVOUS_FOLDER}-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
-    several: dict[str, list[str]] = {}
+    rendezvous = ONE_NODE
     if launch.nnodes > 1:
         assert launch.network is not None
         # The shell fills in what it knows.
-        rendezvous = Rendezvous("slurm", "MEETING", launch.nnodes, launch.network, WAIT_SECONDS)
-        several = {"rendezvous": rendezvous.options("NODE_RANK")}
+        several = Rendezvous("slurm", "MEETING", launch.nnodes, launch.network, WAIT_SECONDS)
+        rendezvous = tuple(several.options("NODE_RANK"))
     command = shlex.join(
-        torchrun_command(entry_point, job_file, processes // launch.nnodes, max_restarts=launch.max_restarts, **several)
+        torchrun_command(
+            entry_point,
+            job_file,
+            processes // launch.nnodes,
+            max_restarts=launch.max_restarts,
+            rendezvous=rendezvous,
+        )
     )
     command = command.replace("rank=NODE_RANK", "rank=$SLURM_NODEID").replace("endpoint=MEETING", f"endpoint={meeting}")
     return f"""#!/bin/bash

@@ -18,6 +18,7 @@ SHUTDOWN_SECONDS = 5
 
 
 RENDEZVOUS_BACKEND = "files"  # launch.rendezvous, as torchrun knows it
+ONE_NODE = ("--nnodes=1", "--rdzv-id=alone")
 # Every module that a job may run; a node takes no other from an announcement.
 EntryPoint = Literal[
     "embed_pipeline.training.embedder", "embed_pipeline.training.reranker", "embed_pipeline.models.rank"
@@ -50,7 +51,7 @@ def torchrun_command(
     nproc_per_node: int,
     *,
     max_restarts: int = 0,
-    rendezvous: Sequence[str] = ("--nnodes=1", "--rdzv-id=alone"),
+    rendezvous: Sequence[str] = ONE_NODE,
     log_folder: Path | None = None,
 ) -> list[str]:
     """The command that does `job_file` (the only argument of module `entry_point`) in `nproc_per_node` processes.

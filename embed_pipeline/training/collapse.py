@@ -29,6 +29,7 @@ def collapsed(model: SentenceTransformer | CrossEncoder, sources: Sequence[Train
         pairs = [(query, passage) for query in queries for passage in passages]
         logits = Reranker.around(model, rank.precision).score(pairs, progress=False)
         return told("the reranker") if is_collapsed(logits.reshape(len(queries), -1)) else None
+    assert isinstance(model, SentenceTransformer)
     embedder = Embedder.around(model, rank.precision)
     asked, found = (
         embedder.encode_sentences(queries, progress=False),

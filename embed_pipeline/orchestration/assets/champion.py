@@ -71,9 +71,9 @@ def champion_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
                 promoted = make_champion(run)
             except TrackingError:
                 if (waits := read_waiting(run.store)) is not None:
-                    told = {"status": "waits for MLflow", "waiting": waits.sentence(name), "since": waits.since}
+                    status = {"status": "waits for MLflow", "waiting": waits.sentence(name), "since": waits.since}
                     # What a step has logged as an event goes when it fails.
-                    context.instance.report_runless_asset_event(dg.AssetObservation([name, "champion"], metadata=told))
+                    context.instance.report_runless_asset_event(dg.AssetObservation([name, "champion"], metadata=status))
                 raise
             cards = write_champion_cards(run)
         told = "is the new champion" if promoted.new else "serves already, nothing was moved"
