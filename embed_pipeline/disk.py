@@ -32,6 +32,8 @@ _WORDS: tuple[tuple[str, _Kind], ...] = (
     ("takes no whole line", "full"),
     (" requested and ", "full"),
     ("pytorchstreamwriter failed writing", "full"),
+    ("inline_container.cc", "full"),
+    ("iostream error", "full"),
     ("max_temp_directory_size", "full"),
     ("disk quota exceeded", "quota"),
     ("read-only file system", "read-only"),
