@@ -84,7 +84,7 @@ def sbatch_script(entry_point: str, job_file: Path, processes: int, launch: Laun
         assert launch.network is not None
         # The shell fills in what it knows.
         several = Rendezvous("slurm", "MEETING", launch.nnodes, launch.network, WAIT_SECONDS)
-        rendezvous = tuple(several.options("NODE_RANK"))
+        rendezvous = several.options("NODE_RANK")
     command = shlex.join(
         torchrun_command(
             entry_point,

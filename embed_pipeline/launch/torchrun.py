@@ -18,7 +18,7 @@ SHUTDOWN_SECONDS = 5
 
 
 RENDEZVOUS_BACKEND = "files"  # launch.rendezvous, as torchrun knows it
-ONE_NODE = ("--nnodes=1", "--rdzv-id=alone")
+ONE_NODE: Sequence[str] = ("--nnodes=1", "--rdzv-id=alone")
 # Every module that a job may run; a node takes no other from an announcement.
 EntryPoint = Literal[
     "embed_pipeline.training.embedder", "embed_pipeline.training.reranker", "embed_pipeline.models.rank"

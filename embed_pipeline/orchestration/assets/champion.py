@@ -73,7 +73,8 @@ def champion_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
                 if (waits := read_waiting(run.store)) is not None:
                     status = {"status": "waits for MLflow", "waiting": waits.sentence(name), "since": waits.since}
                     # What a step has logged as an event goes when it fails.
-                    context.instance.report_runless_asset_event(dg.AssetObservation([name, "champion"], metadata=status))
+                    observed = dg.AssetObservation([name, "champion"], metadata=status)
+                    context.instance.report_runless_asset_event(observed)
                 raise
             cards = write_champion_cards(run)
         told = "is the new champion" if promoted.new else "serves already, nothing was moved"
