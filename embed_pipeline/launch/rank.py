@@ -20,6 +20,13 @@ from embed_pipeline.models.precision import default_device
 RANKS_FILE_VARIABLE = "EMBED_PIPELINE_RANKS_FILE"  # where the ranks of a job meet; `launch.rendezvous` sets it
 
 
+# What torchrun tells a process of its place. accelerate opens a store at MASTER_ADDR wherever it finds LOCAL_RANK.
+_TORCHRUN_PLACE = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
+
+
 @dataclass(frozen=True)
 class Place:
     rank: int
@@ -64,12 +71,16 @@ def take_place(world_size: int) -> Place:
 def meet(place: Place, timeout: timedelta) -> None:
     """Form the process group of a training, before a library does it over a port that all the network can reach.
 
-    A process alone on a CPU needs none. From here on none unpickles what another sends. Raises TrainingError in a
-    process that was started by torchrun itself, where none knows the file in which they meet.
+    A process alone on a CPU needs none: libraries are to take it for one that torchrun did not start. From here on no
+    process unpickles what another sends. Raises TrainingError in a process that was started by torchrun itself, which
+    does not know the file in which the processes meet.
     """
+    if torch.distributed.is_initialized() or "LOCAL_RANK" not in os.environ:
+        return
     on_gpu = place.device.startswith("cuda")
-    started = "LOCAL_RANK" in os.environ
-    if torch.distributed.is_initialized() or not started or (place.world_size == 1 and not on_gpu):
+    if place.world_size == 1 and not on_gpu:  # on a GPU, transformers would take all of the machine's
+        for name in _TORCHRUN_PLACE:
+            os.environ.pop(name, None)
         return
     path = os.environ.get(RANKS_FILE_VARIABLE)
     if path is None:
