@@ -29,6 +29,7 @@ from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, leave_error, meanin
 def main(arguments: list[str]) -> None:
     """torchrun's main. Raises what it raises, with the killed rank in TORCHELASTIC_ERROR_FILE if there is one."""
     keep_to_job_environment()
+    os.environ["PYTHONSAFEPATH"] = "1"  # for the ranks, what `torchrun.PYTHON` is for this process
     if HEARTBEAT_VARIABLE in os.environ:
         _end_in_silence(Path(os.environ[HEARTBEAT_VARIABLE]))
     try:

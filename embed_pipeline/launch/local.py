@@ -62,7 +62,7 @@ def run_local(
         left.unlink()
     mark = secrets.token_hex(8)
     process = subprocess.Popen(
-        [sys.executable, "-m", "embed_pipeline.launch.parent_death", *command],
+        [sys.executable, "-P", "-m", "embed_pipeline.launch.parent_death", *command],
         env=job_environment({**env, ERROR_FILE_VARIABLE: str(error_file), _MARK_VARIABLE: mark}),
         start_new_session=True,  # a Ctrl-C in the terminal reaches us alone, and we end torchrun in order
     )

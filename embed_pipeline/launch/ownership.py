@@ -40,7 +40,10 @@ def check_only_ours(path: Path, root: Path) -> None:
     It and every folder up to `root` have to belong to this user and not be writable by others; a group whose only
     member is this user counts as this user.
     """
-    real, top = path.resolve(), root.resolve()
+    try:
+        real, top = path.resolve(), root.resolve()
+    except (ValueError, RuntimeError) as error:  # a null character, links in a circle
+        raise TrainingError(f"{str(path)!r} is no path of a file: {error}") from error
     if not real.is_relative_to(top):
         raise TrainingError(f"{path} lies outside of {root}; a job's file has to lie in the store")
     for one in (real, *real.parents):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from embed_pipeline.launch.heartbeat import HEARTBEAT_VARIABLE, Heart
 from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, leave_error
-from embed_pipeline.launch.torchrun import torchrun_command
+from embed_pipeline.launch.torchrun import PYTHON, torchrun_command
 from embed_pipeline.masking import without_password
 from embed_pipeline.settings import LaunchSettings
 
@@ -47,7 +47,7 @@ def ray_command(
         "environment": sorted(environment),
     }
     submission.write_text(json.dumps(told, indent=2) + "\n")
-    return [sys.executable, "-m", "embed_pipeline.launch.ray", str(submission.absolute())]
+    return [*PYTHON, "embed_pipeline.launch.ray", str(submission.absolute())]
 
 
 def main(submission: Path) -> int:

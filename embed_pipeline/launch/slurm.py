@@ -21,7 +21,7 @@ from pathlib import Path
 
 from embed_pipeline.launch.heartbeat import HEARTBEAT_VARIABLE, Heart
 from embed_pipeline.launch.local import ERROR_FILE_VARIABLE, leave_error
-from embed_pipeline.launch.torchrun import ONE_NODE, SHUTDOWN_SECONDS, Rendezvous, torchrun_command
+from embed_pipeline.launch.torchrun import ONE_NODE, PYTHON, SHUTDOWN_SECONDS, Rendezvous, torchrun_command
 from embed_pipeline.settings import LaunchSettings
 
 SCRIPT_FILE = "job.sbatch"
@@ -55,7 +55,7 @@ def slurm_command(
     name = f"embed_pipeline-{hashlib.sha256(str(checkpoints.resolve()).encode()).hexdigest()[:12]}"
     script = folder / SCRIPT_FILE
     script.write_text(sbatch_script(entry_point, job_file.absolute(), processes, launch, name))
-    return [sys.executable, "-m", "embed_pipeline.launch.slurm", str(script)]
+    return [*PYTHON, "embed_pipeline.launch.slurm", str(script)]
 
 
 def sbatch_script(entry_point: str, job_file: Path, processes: int, launch: LaunchSettings, name: str) -> str:

@@ -17,6 +17,8 @@ GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 SHUTDOWN_SECONDS = 5
 
 
+# Runs a module, but none that lies in the folder where it is started: others may be able to write there.
+PYTHON = (sys.executable, "-P", "-m")
 RENDEZVOUS_BACKEND = "files"  # launch.rendezvous, as torchrun knows it
 ONE_NODE: Sequence[str] = ("--nnodes=1", "--rdzv-id=alone")
 # Every module that a job may run; a node takes no other from an announcement.
@@ -60,7 +62,7 @@ def torchrun_command(
     behind its rank, and in files under `log_folder` (default: `logs` beside the job file).
     """
     return [
-        sys.executable, "-m", "embed_pipeline.launch.agent",
+        *PYTHON, "embed_pipeline.launch.agent",
         f"--rdzv-backend={RENDEZVOUS_BACKEND}",
         *rendezvous,
         f"--nproc-per-node={nproc_per_node}",

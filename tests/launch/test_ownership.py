@@ -150,6 +150,7 @@ def test_every_job_has_an_entry_point_that_a_node_takes() -> None:
         ({"nproc_per_node": "1; id"}, "nproc_per_node: found '1; id'"),
         ({"version": "0.0.1"}, "is from embed_pipeline 0.0.1"),
         ({"job_file": "/etc/passwd"}, "/etc/passwd lies outside of"),
+        ({"job_file": "/etc/pass\0wd"}, "is no path of a file"),
     ],
 )
 def test_what_no_job_of_this_package_is_is_refused_once(

@@ -14,7 +14,7 @@ from embed_pipeline.launch.torchrun import processes_per_node, torchrun_command
 
 def test_the_script_gets_nothing_but_the_job_file() -> None:
     command = torchrun_command("some.entry_point", Path("/jobs/job.json"), 4)
-    assert command[:3] == [sys.executable, "-m", "embed_pipeline.launch.agent"]
+    assert command[:4] == [sys.executable, "-P", "-m", "embed_pipeline.launch.agent"]
     assert command[-3:] == ["-m", "some.entry_point", "/jobs/job.json"]
     assert {"--nproc-per-node=4", "--nnodes=1", "--rdzv-backend=files", "--log-dir=/jobs/logs"} <= set(command)
 
@@ -22,7 +22,7 @@ def test_the_script_gets_nothing_but_the_job_file() -> None:
 def test_torchrun_knows_every_option() -> None:
     from torch.distributed.run import parse_args
 
-    arguments = parse_args(torchrun_command("some.entry_point", Path("/jobs/job.json"), 2)[3:])
+    arguments = parse_args(torchrun_command("some.entry_point", Path("/jobs/job.json"), 2)[4:])
     assert (arguments.training_script, arguments.training_script_args) == ("some.entry_point", ["/jobs/job.json"])
     assert (arguments.nproc_per_node, arguments.shutdown_timeout, arguments.tee) == (
         "2",

@@ -34,8 +34,15 @@ def test_a_foreign_environment_changes_nothing(
     expected = train("embedder", max_steps=4)
     for name, value in FOREIGN.items():
         monkeypatch.setenv(name, value)
+    # It starts in a folder where somebody else put modules that the training has under the same names.
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    for module in ("psutil", "torch", "json", "embed_pipeline"):
+        (downloads / f"{module}.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
+    monkeypatch.chdir(downloads)
     job = job_of("embedder", tmp_path / "output", max_steps=4)
     launch(job, tmp_path)
     found = read_output(job)
+    assert not (tmp_path / "was run").exists()
     assert found.summary["precision"] == "float32"
     assert (found.model / "model.safetensors").read_bytes() == (expected.model / "model.safetensors").read_bytes()
