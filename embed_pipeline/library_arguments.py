@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib.util
 import json
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
@@ -435,10 +436,34 @@ def _checked(annotation: str) -> TypeAdapter[Any]:
     try:
         tree = ast.parse(annotation.strip("'\""), mode="eval")
         if {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} <= set(_TYPES):
-            return TypeAdapter(eval(compile(tree, annotation, "eval"), {"__builtins__": {}}, dict(_TYPES)))
-    except SyntaxError:
+            return TypeAdapter(_plain_type(tree.body))
+    except (SyntaxError, ValueError):
         pass
     return TypeAdapter(Any)
+
+
+def _plain_type(node: ast.expr) -> Any:
+    """The type that an annotation means. Raises ValueError for what is none of plain types."""
+    match node:
+        case ast.Constant(value=None):
+            return None
+        case ast.Constant(value=str(quoted)):
+            return _plain_type(ast.parse(quoted, mode="eval").body)
+        case ast.Constant(value=types.EllipsisType()):
+            return ...
+        case ast.Name(id=name) if name in _TYPES:
+            return _TYPES[name]
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return Union[_plain_type(left), _plain_type(right)]  # noqa: UP007  (None has no |)
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=chosen):
+            return Literal[ast.literal_eval(chosen)]
+        case ast.Subscript(value=origin, slice=ast.Tuple(elts=several)):
+            return _plain_type(origin)[tuple(map(_plain_type, several))]
+        case ast.Subscript(value=origin, slice=one):
+            return _plain_type(origin)[_plain_type(one)]
+        case ast.List(elts=inner):
+            return [_plain_type(one) for one in inner]
+    raise ValueError(ast.unparse(node))
 
 
 def _fits(annotation: str, value: Any) -> bool:

@@ -166,7 +166,7 @@ def test_a_candidate_that_was_tampered_with_is_refused(in_service: Workshop, par
     assert (in_service.serving, aliases()) == (before, IN_SERVICE)
 
 
-def test_what_mlflow_gives_back_must_be_what_was_evaluated(
+def test_what_mlflow_gives_back_must_be_what_was_registered(
     in_service: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights change on their way to the registry."""
@@ -179,7 +179,7 @@ def test_what_mlflow_gives_back_must_be_what_was_evaluated(
         upload(self, model_id, local_dir)
 
     monkeypatch.setattr(mlflow.MlflowClient, "log_model_artifacts", change_and_upload)
-    with pytest.raises(ModelError, match=r"models:/support-embedder/4 as MLflow loads it, query '.*differs by"):
+    with pytest.raises(ModelError, match=r"models:/support-embedder/4 is registered, but .* not those that were"):
         in_service.promote(in_service.next(4))
     assert (in_service.serving, aliases()) == (before, IN_SERVICE)
 
@@ -221,9 +221,19 @@ def fail_at_call(number: int) -> Callable[[pytest.MonkeyPatch], None]:
     return inject
 
 
+def fail_to_copy_evaluation(patch: pytest.MonkeyPatch) -> None:
+    """Into the history; MLflow copies by the same function."""
+    copy = shutil.copy2
+
+    def copied(source: Path, target: Path, **more: bool) -> object:
+        return fail() if champions.PROMOTIONS in Path(target).parts else copy(source, target, **more)
+
+    patch.setattr(shutil, "copy2", copied)
+
+
 FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     **{f"alias {number}": fail_at_call(number) for number in (1, 2, 3, 4)},
-    "entry": lambda patch: patch.setattr(champions.shutil, "copy2", fail),
+    "entry": fail_to_copy_evaluation,
     "pointer": lambda patch: patch.setattr(champions.Path, "replace", fail),
 }
 
