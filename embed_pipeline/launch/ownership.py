@@ -54,6 +54,11 @@ def check_only_ours(path: Path, root: Path) -> None:
                 f"{one} belongs to {_user(told.st_uid)}, and this process runs as {_user(os.geteuid())}; a job is only "
                 "taken from files of the same user. Run both as one user"
             )
+        if _has_access_list(one):
+            raise TrainingError(
+                f"{one} has an access control list, so other users may be able to change what this user would run; "
+                f"expected the plain permissions of its owner. Remove it: setfacl -b '{one}'"
+            )
         shared = mode & stat.S_IWGRP and not _is_alone_in(told.st_gid)
         if shared or mode & stat.S_IWOTH:
             raise TrainingError(
@@ -65,7 +70,7 @@ def check_only_ours(path: Path, root: Path) -> None:
 
 
 def _is_alone_in(gid: int) -> bool:
-    """Whether a group is a user's private one, as many systems make it: of the user's name, without other members."""
+    """Whether a group is a user's private one, as many systems make it: of the user's name, without others."""
     import grp
     import pwd
 
@@ -73,7 +78,19 @@ def _is_alone_in(gid: int) -> bool:
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
     except KeyError:
         return False
-    return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+    others = [other for other in pwd.getpwall() if other.pw_gid == gid and other.pw_uid != user.pw_uid]
+    private = gid != 0 and user.pw_gid == gid and group.gr_name == user.pw_name  # containers give group 0 to anybody
+    return private and set(group.gr_mem) <= {user.pw_name} and not others
+
+
+def _has_access_list(path: Path) -> bool:
+    """Whether others were given access to a file or folder beyond its mode (POSIX or NFSv4 lists, on Linux)."""
+    if not hasattr(os, "listxattr"):
+        return False
+    try:
+        return bool({"system.posix_acl_access", "system.nfs4_acl"} & set(os.listxattr(path)))
+    except OSError:  # the file system has none
+        return False
 
 
 def _user(uid: int) -> str:

@@ -49,6 +49,7 @@ from embed_pipeline.tracking.registry import (
     trusts_code,
 )
 from embed_pipeline.tracking.runs import TrackedRun, tracked_run
+from embed_pipeline.training.job import SERVING_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +198,7 @@ def check_loads(store: PipelineStore, champion: Champion) -> float:
     from embed_pipeline.models.reranker import Reranker
 
     candidate = _candidate_of(store, champion)
+    check_copies(store, candidate)
     parity = read_parity(candidate.evaluation.path)
     differences = [Registry().check(champion.registered_embedder, champion.registered_reranker, parity)]
     for kind, artifact in candidate.models:
@@ -209,6 +211,18 @@ def check_loads(store: PipelineStore, champion: Champion) -> float:
             score = partial(by_path.score, progress=False)
             differences.append(parity.check_reranker(score, str(folder)))
     return max(differences)
+
+
+def check_copies(store: PipelineStore, candidate: Candidate) -> None:
+    """Raises ArtifactError where a file beside the champion's links is not what its reranker was published with."""
+    if candidate.reranker is None:
+        return
+    served, published = pointer(store) / SERVING_FILE, candidate.reranker.path / SERVING_FILE
+    if not served.is_file() or served.read_bytes() != published.read_bytes():
+        raise ArtifactError(
+            f"{served} is not the one that {candidate.reranker.title} was published with: the final score would be "
+            f"blended by another weight. Copy {published} over it"
+        )
 
 
 def person() -> str:

@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -212,13 +214,32 @@ def test_a_users_own_group_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Many systems give each user a group of its own, and files that it may write."""
     file = tmp_path / "job.json"
     file.write_text("{}")
+    gid = 54321 if os.geteuid() == 0 else os.getegid()  # root's own is a group that containers give to anybody
+    os.chown(file, -1, gid)
     file.chmod(0o664)
-    with monkeypatch.context() as others:
-        others.setattr("grp.getgrgid", lambda gid: type("Group", (), {"gr_name": "staff", "gr_mem": ["eve"]}))
-        with pytest.raises(TrainingError, match="has mode 0664"):
-            check_only_ours(file, tmp_path)
-    import pwd
+    me = SimpleNamespace(pw_name="me", pw_uid=os.geteuid(), pw_gid=gid)
+    eve = SimpleNamespace(pw_name="eve", pw_uid=os.geteuid() + 1, pw_gid=gid)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: me)
 
-    me = pwd.getpwuid(os.geteuid()).pw_name
-    monkeypatch.setattr("grp.getgrgid", lambda gid: type("Group", (), {"gr_name": me, "gr_mem": []}))
-    check_only_ours(file, tmp_path)
+    def told(users: list[SimpleNamespace], name: str, members: list[str]) -> None:
+        monkeypatch.setattr("pwd.getpwall", lambda: users)
+        monkeypatch.setattr("grp.getgrgid", lambda gid: SimpleNamespace(gr_name=name, gr_mem=members))
+        check_only_ours(file, tmp_path)
+
+    told([me], "me", [])
+    for users, name, members in (([me], "staff", []), ([me], "me", ["eve"]), ([me, eve], "me", [])):
+        with pytest.raises(TrainingError, match="has mode 0664"):
+            told(users, name, members)
+
+
+def test_an_access_list_may_let_others_write(tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    file.write_text("{}")
+    entries = ((1, 6, -1), (2, 6, 12345), (4, 4, -1), (0x10, 6, -1), (0x20, 4, -1))  # user 12345 reads and writes
+    access = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    try:
+        os.setxattr(file, "system.posix_acl_access", access)
+    except OSError as error:
+        pytest.skip(f"this file system keeps no access lists: {error}")
+    with pytest.raises(TrainingError, match="has an access control list"):
+        check_only_ours(file, tmp_path)

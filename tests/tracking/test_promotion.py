@@ -127,6 +127,10 @@ def test_a_merged_embedder_serves_and_comes_back(in_service: Workshop) -> None:
     roll_back(in_service.store, reason="bad")
     roll_back(in_service.store, to=merged.embedder.version, reason="not so bad")
     assert check_loads(in_service.store, done.champion) < 1e-6
+    served = pointer(in_service.store) / "serving.json"
+    served.write_text(served.read_text().replace('"embedder_weight": ', '"embedder_weight": 0.1'))
+    with pytest.raises(ArtifactError, match=r"serving\.json is not the one that .*Copy .* over it"):
+        check_loads(in_service.store, done.champion)
 
 
 @pytest.mark.parametrize("outcome", ["refuse", "too_few"])
