@@ -164,7 +164,7 @@ def test_a_pipeline_of_scored_pairs_is_judged_by_spearman_and_has_no_reranker() 
         (nodes("0.0.0.0/0"), "0.0.0.0/0 is every network"),
         (nodes("::/0"), "::/0 is every network"),
         (nodes("10.0.0.7"), "10.0.0.7 is an address. Name the network that the nodes share, e.g. 10.0.0.7/24"),
-        (nodes("10.0.0.0/33"), "does not appear to be an IPv4 or IPv6 network"),
+        (nodes("10.0.0.0/33"), "is no IPv4 or IPv6 network"),
         (nodes("eth0,join_timeout=1"), "is neither a network .* nor the name of an interface"),
         (nodes("eth0\nexit"), "is neither a network"),
         (nodes(""), "is neither a network"),
