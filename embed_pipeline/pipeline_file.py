@@ -333,15 +333,11 @@ class _Walk:
                 raise ConfigurationError(f"{self.file}:{line}: expected a plain word as key; found a list or mapping")
             self._tag(name, key)
             self._scalar(name, key)
-            if self.is_pipeline and {name.tag, _as_dagster(name)} != {f"{_TAG}str"}:
-                kind = _SCALARS.get(
-                    next(tag for tag in (name.tag, _as_dagster(name)) if tag != f"{_TAG}str")[len(_TAG) :]
-                )
+            if self.is_pipeline and (read := {name.tag, _as_dagster(name)} - {f"{_TAG}str"}):
+                kind = _SCALARS.get(min(read).removeprefix(_TAG), "no text")
+                found = shown(name.value, (*key, name.value))
                 self._refuse(
-                    name,
-                    key,
-                    f"found the key {shown(name.value, (*key, name.value))}, which YAML reads as {kind or 'no text'}. Keys are texts: where it is "
-                    "meant, put it in quotes",
+                    name, key, f"found the key {found}, which YAML reads as {kind}. Where it is meant, put it in quotes"
                 )
             if name.value in seen:
                 path = ".".join(str(part) for part in (*key, name.value) if part != "attributes")
@@ -375,11 +371,8 @@ class _Walk:
             try:
                 loader.construct_object(yaml.ScalarNode(seen, node.value))
             except Exception:
-                self._refuse(
-                    node,
-                    key,
-                    f"found {shown(node.value, key)}, which YAML takes for something else than text. Put it in quotes",
-                )
+                found = shown(node.value, key)
+                self._refuse(node, key, f"found {found}, which YAML takes for something else than text. Quote it")
             finally:
                 loader.dispose()
 
@@ -428,7 +421,7 @@ def _resolved(value: Any, key: Key, document: Document, unset: list[str]) -> Any
 
 def _problems(error: ValidationError, document: Document) -> list[str]:
     """One line for each key that is wrong. The branches of a union, which pydantic reports apart, are one."""
-    told: dict[tuple[str, str, str], list[str]] = {}
+    told: dict[tuple[str, str, str, Key], list[str]] = {}
     for one in error.errors(include_url=False):
         message, key = expectation(one), one["loc"]
         if one["type"] != "missing":
@@ -440,10 +433,10 @@ def _problems(error: ValidationError, document: Document) -> list[str]:
         if key and deeper[len(key) :] and dotted(deeper[len(key) :]) == named:  # of `hub`: 'embedder: expected ...'
             key, message = deeper, rest
         shown_key = f"{dotted(key)}: " if key and not message.startswith(dotted(key)) else ""
-        told.setdefault((document.at(deeper), shown_key, found), []).append(message)
+        told.setdefault((document.at(deeper), shown_key, found, key), []).append(message)
     return [
         without_password(f"{where}: {shown_key}{either(messages)}{found}")
-        for (where, shown_key, found), messages in told.items()
+        for (where, shown_key, found, _), messages in told.items()
     ]
 
 

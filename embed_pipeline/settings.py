@@ -142,10 +142,10 @@ class Settings(BaseModel):
     def _true_is_no_number(cls, given: Any, info: ValidationInfo) -> Any:
         """Python takes true for 1, so `epochs: yes` would be one epoch."""
         types = list(_types_in(cls.model_fields[str(info.field_name)].annotation))
-        if (int in types or float in types) and bool not in types and Any not in types:
-            if (found := _boolean_in(given)) is not None:
-                expected = "text or a number" if str in types else "a number"
-                raise ValueError(f"must be {expected}; found {str(found).lower()}")
+        is_number = (int in types or float in types) and bool not in types and Any not in types
+        if is_number and (found := _boolean_in(given)) is not None:
+            expected = "text or a number" if str in types else "a number"
+            raise ValueError(f"must be {expected}; found {str(found).lower()}")
         return given
 
 

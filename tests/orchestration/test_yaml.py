@@ -16,6 +16,7 @@ from jsonschema import Draft202012Validator
 from embed_pipeline.definitions import defs, load_folder
 from embed_pipeline.errors import ConfigurationError
 from embed_pipeline.orchestration.component import RetrievalPipeline
+from embed_pipeline.pipeline_file import Document, read_documents
 from tests.orchestration.conftest import settings_of, write_pipeline, write_yaml
 
 HUB = {"hub": "BAAI/bge-small-en-v1.5"}
@@ -54,7 +55,7 @@ BAD = [
     ({"forgetting.coefficients": [0.5, 1.0]}, "must be less than 1; found 1"),
     (
         {"name": "My Pipeline"},
-        "name: must consist of lowercase letters, digits and _, starting with a letter; found 'My Pipeline'",
+        "starting with a letter; found 'My Pipeline'",
     ),
     ({"seed": -1}, "seed: must be at least 0; found -1"),
 ]
@@ -176,6 +177,10 @@ SHOP = "type: embed_pipeline.RetrievalPipeline\nattributes:\n  name: shop\n"
         ("", "other", "the file is empty"),
         (None, "other", "the link leads to /nowhere/defs.yaml, which is not there"),
         (f"{SHOP}  automation: {{retrain: every night}}\n", "shop", "source is required"),
+        (f"{SHOP}  seed: !!int abc\n", "other", "defs.yaml:4: seed: found 'abc', expected a whole number"),
+        (f"{SHOP}  card: !!omap [license: b]\n", "other", "defs.yaml:4: card: the tag !!omap is not known here"),
+        (f"requirements: {{env: 3}}\n{SHOP}", "shop", "requirements.env: must be a list; found 3"),
+        (f"post_processing: 3\n{SHOP}", "shop", "post_processing: must be keys with values; found 3"),
     ],
 )
 def test_one_broken_yaml_leaves_the_others_alone_and_is_seen(
@@ -281,6 +286,24 @@ def test_a_folder_that_is_not_there_leaves_the_others_alone(
     assert "EMBED_PIPELINE_DEFS names /no/such/folder, which is not a folder" in (spec.description or "")
 
 
+def test_an_error_that_nobody_foresaw_is_that_of_one_file_alone(
+    deployment: Callable[[str | bytes | None], dg.Definitions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(file: Path) -> list[Document]:
+        if file.parent.name == "other":
+            raise LookupError("nobody thought of this")
+        return read_documents(file)
+
+    for module in ("definitions", "orchestration.broken"):
+        monkeypatch.setattr(f"embed_pipeline.{module}.read_documents", read)
+    definitions = deployment(SHOP)
+
+    assert {"demo/embedder", "small/embedder", "other/broken_yaml"} <= keys_of(definitions)
+    spec = definitions.get_assets_def(["other", "broken_yaml"]).get_asset_spec()
+    where = tmp_path / "defs" / "other" / "defs.yaml"
+    assert f"{where}: LookupError: nobody thought of this" in (spec.description or "")
+
+
 def test_python_beside_a_broken_yaml_is_loaded(
     deployment: Callable[[str | bytes | None], dg.Definitions], tmp_path: Path
 ) -> None:
@@ -289,10 +312,11 @@ def test_python_beside_a_broken_yaml_is_loaded(
     (tmp_path / "defs" / "deeper" / "one").mkdir(parents=True)
     (tmp_path / "defs" / "deeper" / "below.py").write_text(code.format(name="below"))
     (tmp_path / "defs" / "worse.py").write_text("raise RuntimeError('no')\n")
+    (tmp_path / "defs" / "worst.py").write_text("raise SystemExit(1)\n")
 
     keys = keys_of(deployment(SHOP))
 
-    assert {"beside", "below", "small/embedder", "shop/broken_yaml", "worse/broken_yaml"} <= keys
+    assert {"beside", "below", "small/embedder", "shop/broken_yaml", "worse/broken_yaml", "worst/broken_yaml"} <= keys
 
 
 def test_two_pipelines_may_stand_in_one_file(
