@@ -1,8 +1,8 @@
 """A pipeline's YAML file, read as it is written: the one way from the text to the settings.
 
 Every string stays what it is, quoted or not; only `{{ env.NAME }}` is replaced, by the text of the environment
-variable. What cannot be right is a ConfigurationError that names file, line and key, and shows no value of a key that
-may hold a secret. This module imports no dagster.
+variable. What cannot be right is a ConfigurationError that names file, line and key, and shows what was found unless it may be a
+secret. This module imports no dagster.
 """
 
 from __future__ import annotations
@@ -358,7 +358,7 @@ class _Walk:
             self._refuse(node, key, f"the tag {tag} is not known here. Leave it out, and write the plain value")
 
     def _scalar(self, node: yaml.ScalarNode, key: Key) -> None:
-        """Refuse a value that PyYAML, or Dagster after it, would fail to make: !!int abc, 0x_, ._ and the like."""
+        """Refuse a value that PyYAML, or Dagster after it, would fail to make: !!int abc, 0x_, = and the like."""
         kind = node.tag.removeprefix(_TAG)
         try:
             if kind == "null" and _as_untagged(node) != node.tag:

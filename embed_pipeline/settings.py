@@ -101,8 +101,8 @@ Metric = Literal[
 class Settings(BaseModel):
     """Base of all settings: frozen, finite, and an unknown key is answered with the allowed ones.
 
-    Settings are published with what they made, so nothing that looks like a password or a token is one, and errors
-    show no input: it may be a secret under a wrong key.
+    Settings are published with what they made, so nothing that looks like a password or a token is one. Pydantic's own
+    errors show no input: `wrong_values` adds it where it can be no secret.
     """
 
     model_config = ConfigDict(
