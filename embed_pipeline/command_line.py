@@ -123,7 +123,9 @@ def check(pipeline: str) -> None:
 def join_jobs(pipelines: tuple[str, ...], jobs: int | None) -> None:
     """Be a node for the jobs of PIPELINES.
 
-    These are the jobs that `launch.kind: nodes` announces; of all pipelines in the store, if none is named. Only this user's jobs are done: announcement and job file have to lie in the store, belong to the user that runs
+    These are the jobs that `launch.kind: nodes` announces; of all pipelines in the store, if none is named.
+
+    Only this user's jobs are done: announcement and job file have to lie in the store, belong to the user that runs
     this, and be writable by nobody else.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
@@ -249,7 +251,9 @@ def retire(pipeline: str, reason: str) -> None:
 def prune(pipeline: str, yes: bool) -> None:
     """Delete versions and leftovers that are not in use.
 
-    That is versions that nothing in use was made from, leftovers of runs, and cached embeddings. In use are the current versions, the champion, the one that a rollback goes back to, and one that waits for MLflow.
+    That is versions that nothing in use was made from, leftovers of runs, and cached embeddings.
+
+    In use are the current versions, the champion, the one that a rollback goes back to, and one that waits for MLflow.
     """
     store = _store(pipeline)
     if making := store.in_the_making():
@@ -285,7 +289,9 @@ def prune(pipeline: str, yes: bool) -> None:
 def replay_metrics(pipeline: str) -> None:
     """Send MLflow what it was not told while it was away.
 
-    That is what PIPELINE's runs recorded. A candidate that waits for MLflow is promoted. Exit code 1 where something still waits. The next run of the pipeline sends by itself, and that of its champion
+    That is what PIPELINE's runs recorded. A candidate that waits for MLflow is promoted.
+
+    Exit code 1 where something still waits. The next run of the pipeline sends by itself, and that of its champion
     promotes; runs that are at work are left alone.
     """
     from embed_pipeline.tracking.delivery import replay

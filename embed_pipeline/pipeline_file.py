@@ -1,8 +1,8 @@
 """A pipeline's YAML file, read as it is written: the one way from the text to the settings.
 
 Every string stays what it is, quoted or not; only `{{ env.NAME }}` is replaced, by the text of the environment
-variable. What cannot be right is a ConfigurationError that names file, line and key, and shows what was found unless it may be a
-secret. This module imports no dagster.
+variable. What cannot be right is a ConfigurationError that names file, line and key, and shows what was
+found unless it may be a secret. This module imports no dagster.
 """
 
 from __future__ import annotations
@@ -337,7 +337,7 @@ class _Walk:
                 kind = _SCALARS.get(min(read).removeprefix(_TAG), "no text")
                 found = shown(name.value, (*key, name.value))
                 self._refuse(
-                    name, key, f"found the key {found}, which YAML reads as {kind}. Where it is meant, put it in quotes"
+                    name, key, f"found the key {found}, which YAML reads as {kind}. If it is meant, put it in quotes"
                 )
             if name.value in seen:
                 path = ".".join(str(part) for part in (*key, name.value) if part != "attributes")

@@ -201,7 +201,7 @@ def test_a_value_that_cannot_be_made_is_told_with_its_key(written: str, message:
 @pytest.mark.parametrize("where", ["  {}: 1", "  card: {{{}: a}}", "{}: 1"])
 def test_a_key_that_is_no_text_is_refused(written: str, kind: str, where: str, tmp_path: Path) -> None:
     told = refused(f"{SMALL}{where.format(written)}\n", tmp_path)
-    assert f"found the key '{written}', which YAML reads as {kind}. Where it is meant, put it in quotes" in told
+    assert f"found the key '{written}', which YAML reads as {kind}. If it is meant, put it in quotes" in told
     assert told.startswith("defs.yaml:7: ")
 
 
