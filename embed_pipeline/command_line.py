@@ -69,7 +69,10 @@ def report(pipeline: str) -> None:
 @main.command()
 @click.argument("pipeline", required=False)
 def versions(pipeline: str | None) -> None:
-    """List every version, oldest first, and what it was made from (* marks the current one)."""
+    """List every version, oldest first.
+
+    Each with what it was made from; * marks the current one.
+    """
     for store in [_store(pipeline)] if pipeline else pipelines_in(store_root()):
         for asset in ASSETS:
             current = store.current(asset).version if store.has_current(asset) else None
@@ -86,7 +89,10 @@ def versions(pipeline: str | None) -> None:
 @main.command()
 @click.argument("pipeline")
 def verify(pipeline: str) -> None:
-    """Compare every file of every current version of PIPELINE with its manifest."""
+    """Compare current files with their manifests.
+
+    Every file of every current version of PIPELINE is compared.
+    """
     store = _store(pipeline)
     for asset in ASSETS:
         if store.has_current(asset):
@@ -98,7 +104,10 @@ def verify(pipeline: str) -> None:
 @main.command()
 @click.argument("pipeline")
 def check(pipeline: str) -> None:
-    """Say whether every current version of PIPELINE was made with the libraries that are installed."""
+    """Tell whether PIPELINE was made with other libraries.
+
+    Of every current version of PIPELINE it says whether the libraries that are installed made it.
+    """
     store = _store(pipeline)
     for asset in COMPUTED:
         if store.has_current(asset):
@@ -112,7 +121,9 @@ def check(pipeline: str) -> None:
 @click.argument("pipelines", nargs=-1)
 @click.option("--jobs", type=click.IntRange(min=1), help="Leave after so many; without it, stay for ever.")
 def join_jobs(pipelines: tuple[str, ...], jobs: int | None) -> None:
-    """Be a node for the jobs of PIPELINES (all in the store, if none is named) that `launch.kind: nodes` announces.
+    """Be a node for the jobs of PIPELINES.
+
+    These are the jobs that `launch.kind: nodes` announces; of all pipelines in the store, if none is named.
 
     Only this user's jobs are done: announcement and job file have to lie in the store, belong to the user that runs
     this, and be writable by nobody else.
@@ -135,7 +146,10 @@ def join_jobs(pipelines: tuple[str, ...], jobs: int | None) -> None:
 @click.option("--verify", is_flag=True, help="Load every model in both ways and compare it with the evaluation.")
 @click.option("--settle", is_flag=True, help="Move MLflow's aliases to where the store's pointer says, if they differ.")
 def champion(pipeline: str, verify: bool, settle: bool) -> None:
-    """Show what serves for PIPELINE, since when and why, and how to load it. Exit code 1 where anything disagrees."""
+    """Show the champion and how to load it.
+
+    Tells what serves for PIPELINE, since when and why. Exit code 1 where anything disagrees.
+    """
     from embed_pipeline.tracking import promotion
     from embed_pipeline.tracking.registry import load_lines
 
@@ -172,14 +186,21 @@ def champion(pipeline: str, verify: bool, settle: bool) -> None:
 @main.command()
 @click.argument("pipeline")
 def history(pipeline: str) -> None:
-    """List every promotion, rollback and retirement of PIPELINE, oldest first."""
+    """List promotions, rollbacks and retirements of PIPELINE.
+
+    The oldest comes first.
+    """
     from embed_pipeline.evaluation.history import history_of
     from embed_pipeline.evaluation.verdict import METRIC_NAMES
 
     store = _store(pipeline)
+    promotions = read_history(store).promotions
+    if not promotions:
+        click.echo(f"nothing was promoted in {pipeline} yet: materialize {pipeline}/champion")
+        return
     points = {point.version: point for point in history_of(store)}
     table = Table("", "when", "event", "embedder", "reranker", "metric", "by", "reason", box=None)
-    for entry in read_history(store).promotions:
+    for entry in promotions:
         who = entry.champion
         point = points.get(who.evaluation) if who else None
         table.add_row(
@@ -200,7 +221,10 @@ def history(pipeline: str) -> None:
 @click.option("--reason", required=True, help="Kept in the history.")
 @click.option("--to", help="Number of a promotion, or a version that served; without it, the champion of before.")
 def rollback(pipeline: str, reason: str, to: str | None) -> None:
-    """Bring back a former champion of PIPELINE: MLflow's aliases and the store's pointer, both or neither."""
+    """Bring back a former champion of PIPELINE.
+
+    MLflow's aliases and the store's pointer are moved, both or neither.
+    """
     from embed_pipeline.tracking.promotion import roll_back
 
     done = roll_back(_store(pipeline), to=to, reason=reason)
@@ -212,7 +236,10 @@ def rollback(pipeline: str, reason: str, to: str | None) -> None:
 @click.argument("pipeline")
 @click.option("--reason", required=True, help="Kept in the history.")
 def retire(pipeline: str, reason: str) -> None:
-    """Take the champion of PIPELINE out of service, with nobody in its place."""
+    """Take the champion of PIPELINE out of service.
+
+    Nobody takes its place.
+    """
     from embed_pipeline.tracking.promotion import retire as take_out
 
     click.echo(f"{pipeline} has no champion any more: {_said(take_out(_store(pipeline), reason=reason))}")
@@ -222,7 +249,9 @@ def retire(pipeline: str, reason: str) -> None:
 @click.argument("pipeline")
 @click.option("--yes", is_flag=True, help="Delete; without it, only show what would go.")
 def prune(pipeline: str, yes: bool) -> None:
-    """Delete versions that nothing in use was made from, leftovers of runs, and cached embeddings.
+    """Delete versions and leftovers that are not in use.
+
+    That is versions that nothing in use was made from, leftovers of runs, and cached embeddings.
 
     In use are the current versions, the champion, the one that a rollback goes back to, and one that waits for MLflow.
     """
@@ -258,7 +287,9 @@ def prune(pipeline: str, yes: bool) -> None:
 @main.command("replay-metrics")
 @click.argument("pipeline")
 def replay_metrics(pipeline: str) -> None:
-    """Send what MLflow was not told of PIPELINE's runs while it was away, and promote a candidate that waits for it.
+    """Send MLflow what it was not told while it was away.
+
+    That is what PIPELINE's runs recorded. A candidate that waits for MLflow is promoted.
 
     Exit code 1 where something still waits. The next run of the pipeline sends by itself, and that of its champion
     promotes; runs that are at work are left alone.
@@ -299,7 +330,10 @@ def replay_metrics(pipeline: str) -> None:
 @click.option("--source", help="An extra source; without it, the pipeline's own.")
 @click.option("--negatives", type=click.IntRange(min=1), help="tuples: so many of each query; by default, the most.")
 def export_negatives(pipeline: str, format: Format, output: Path, source: str | None, negatives: int | None) -> None:
-    """Write the current hard negatives of PIPELINE for another trainer, whole or not at all."""
+    """Write hard negatives for another trainer.
+
+    The current ones of PIPELINE are written, whole or not at all.
+    """
     from embed_pipeline.mining.exchange import export_negatives as export
 
     store = _store(pipeline)

@@ -87,8 +87,8 @@ def _load(folders: list[Path], names: Mapping[Path, str] | None = None) -> _Load
     for file in files:
         try:
             read[file] = read_documents(file)
-        except ConfigurationError as error:
-            problems[file] = str(error)
+        except Exception as error:  # also one that nobody foresaw: it is this file's alone
+            problems[file] = Broken.by(file, error).reason
     problems |= same_names(read)
     loaded = _Loaded([], [Broken(file, problems[file]) for file in files if file in problems], [])
     for number, folder in enumerate(folders):
@@ -118,7 +118,7 @@ def _load_around(
         try:
             loaded.parts.append(whole() if whole else _tree(folder, module_name))
             return
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # Python beside a pipeline may call sys.exit
             if own is not None or not any(_holds_definitions(child) for child in children_of(folder)):
                 loaded.broken.append(Broken.by(own or folder, error))
                 return
@@ -139,7 +139,7 @@ def _load_python(file: Path, module_name: str, loaded: _Loaded) -> None:
     try:
         spec.loader.exec_module(module)
         loaded.parts.append(dg.load_definitions_from_module(module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         loaded.broken.append(Broken.by(file, error))
 
 

@@ -1,18 +1,19 @@
 """A pipeline's YAML file, read as it is written: the one way from the text to the settings.
 
 Every string stays what it is, quoted or not; only `{{ env.NAME }}` is replaced, by the text of the environment
-variable. What cannot be right is a ConfigurationError that names file, line and key, and shows no value of a key that
-may hold a secret. This module imports no dagster.
+variable. What cannot be right is a ConfigurationError that names file, line and key, and shows what was
+found unless it may be a secret. This module imports no dagster.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import ValidationError
@@ -20,10 +21,14 @@ from pydantic import ValidationError
 from embed_pipeline.errors import ConfigurationError
 from embed_pipeline.masking import without_password
 from embed_pipeline.settings import LONGEST_NAME, PIPELINE_NAME, PipelineSettings
+from embed_pipeline.wrong_values import dotted, either, expectation, repeats_input, shown
 
 FILE_NAMES = ("defs.yaml", "defs.yml", "component.yaml")  # in the order in which Dagster looks for them
 COMPONENT_TYPES = ("embed_pipeline.RetrievalPipeline", "embed_pipeline.orchestration.component.RetrievalPipeline")
+# What Dagster allows beside each other in a component's YAML.
+TOP_KEYS = ("type", "attributes", "requirements", "post_processing", "template_vars_module")
 MOST_VALUES = 20_000  # of a file, each alias counted as often as it is used
+MOST_LEVELS = 40  # of keys and lists in each other; Dagster's own reader fails at some hundreds
 _ENVIRONMENT = re.compile(r"\{\{\s*env\.([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
 
 Key = tuple[str | int, ...]
@@ -70,6 +75,18 @@ class Document:
     def stands(self, key: Key) -> bool:
         return ("attributes", *key) in self.lines
 
+    def shown(self, value: Any, key: Key) -> str:
+        """What was found at `key`, for a message; of a value that comes from the environment only the variable."""
+        written: Any = self.attributes
+        for part in key:
+            try:
+                written = written[part]
+            except (KeyError, IndexError, TypeError):
+                break
+        if isinstance(written, str) and _ENVIRONMENT.search(written):
+            return f"the value of {written}"
+        return shown(value, key)
+
 
 def file_in(folder: Path) -> Path | None:
     """The YAML file that makes `folder` a component, even if it is a link to nothing."""
@@ -98,12 +115,15 @@ def children_of(folder: Path) -> list[Path]:
 def read_documents(file: Path) -> list[Document]:
     """The documents of a YAML file, nothing replaced.
 
-    Raises ConfigurationError for a file that is no readable UTF-8 YAML of mappings with a `type`, for a key that is
-    given twice, and for aliases that expand to more than `MOST_VALUES` values.
+    Raises ConfigurationError for a file that is no readable UTF-8 YAML of mappings with a `type`, for a value that
+    cannot be what its tag or form says, for a key that is no text or is given twice, and for aliases that expand to
+    more than `MOST_VALUES` values.
     """
     text = _text_of(file)
     try:
         documents = list(_documents(text, file))
+    except ConfigurationError:
+        raise
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise ConfigurationError(
@@ -116,6 +136,8 @@ def read_documents(file: Path) -> list[Document]:
         raise ConfigurationError(f"{where}: this is not YAML: {told}") from None
     except RecursionError:
         raise ConfigurationError(f"{file}: keys are nested too deeply to be a pipeline") from None
+    except Exception as error:  # whatever else PyYAML's reader trips over is the file's fault, too
+        raise ConfigurationError(f"{file}: this cannot be read as YAML: {type(error).__name__}: {error}") from error
     if not documents:
         raise ConfigurationError(f"{file}: the file is empty. Expected `type: {COMPONENT_TYPES[0]}` and `attributes`")
     return documents
@@ -185,7 +207,9 @@ class _Loader(yaml.SafeLoader):
     """YAML's plain types, without the surprises of YAML 1.1: dates, 12:30 and 007 as numbers, and 1e-5 as text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":int", ":float"))]
+        first: [
+            (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":int", ":float", ":value"))
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -198,6 +222,26 @@ for _pattern in (_FLOAT, _INFINITE):
     _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _pattern, list("-+0123456789."))
 
 
+class _DagstersLoader(yaml.SafeLoader):
+    """The types that Dagster, which reads the file as well, sees in a text without quotes."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "null": "null",
+}
+_TAGS = {_TAG + name for name in (*_SCALARS, "map", "seq", "merge")}
+
+
 def _documents(text: str, file: Path) -> Iterator[Document]:
     loader = _Loader(text)
     try:
@@ -205,7 +249,7 @@ def _documents(text: str, file: Path) -> Iterator[Document]:
             node = loader.get_node()
             assert node is not None  # check_node found one
             lines: dict[Key, int] = {}
-            _Walk(file, lines).visit(node, (), ())
+            _Walk(file, lines, loader, _is_pipeline(node)).visit(node, (), ())
             value = loader.construct_document(node)
             where = f"{file}:{node.start_mark.line + 1}"
             if value is None:
@@ -220,17 +264,39 @@ def _documents(text: str, file: Path) -> Iterator[Document]:
                     f"{file}:{lines['type',]}: there is no component '{component}'. Expected `type: "
                     f"{COMPONENT_TYPES[0]}`"
                 )
-            yield Document(file, value, lines)
+            document = Document(file, value, lines)
+            if document.is_pipeline and (unknown := [key for key in value if key not in TOP_KEYS]):
+                near = difflib.get_close_matches(unknown[0], TOP_KEYS, n=1)
+                hint = f" Did you mean '{near[0]}'?" if near else ""
+                raise ConfigurationError(
+                    without_password(
+                        f"{file}:{lines[unknown[0],]}: unknown key '{unknown[0]}' beside `type`.{hint} Settings stand "
+                        f"under `attributes`. Allowed here: {', '.join(TOP_KEYS)}"
+                    )
+                )
+            yield document
     finally:
         loader.dispose()
 
 
+def _is_pipeline(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.MappingNode) and any(
+        name.value == "type" and value.value in COMPONENT_TYPES for name, value in node.value
+    )
+
+
 @dataclass
 class _Walk:
-    """Goes through the nodes of a document once for each place where they stand: lines, repeated keys, aliases."""
+    """Goes through the nodes of a document once for each place where they stand.
+
+    It notes their lines, and refuses what cannot be constructed, keys that are given twice or are no text, and aliases
+    without an end.
+    """
 
     file: Path
     lines: dict[Key, int]
+    loader: _Loader
+    is_pipeline: bool  # another component's keys may be numbers
     values: int = 0
 
     def visit(self, node: yaml.Node, key: Key, above: tuple[yaml.Node, ...]) -> None:
@@ -243,8 +309,13 @@ class _Walk:
             )
         if any(node is other for other in above):
             raise ConfigurationError(f"{self.file}:{line}: an alias stands for what it stands in, without an end")
+        if len(above) > MOST_LEVELS:
+            raise ConfigurationError(f"{self.file}:{line}: keys are nested too deeply to be a pipeline")
         self.lines.setdefault(key, line)
-        if isinstance(node, yaml.SequenceNode):
+        self._tag(node, key)
+        if isinstance(node, yaml.ScalarNode):
+            self._scalar(node, key)
+        elif isinstance(node, yaml.SequenceNode):
             for number, item in enumerate(node.value):
                 self.visit(item, (*key, number), (*above, node))
         elif isinstance(node, yaml.MappingNode):
@@ -260,6 +331,14 @@ class _Walk:
                 continue
             if not isinstance(name, yaml.ScalarNode):
                 raise ConfigurationError(f"{self.file}:{line}: expected a plain word as key; found a list or mapping")
+            self._tag(name, key)
+            self._scalar(name, key)
+            if self.is_pipeline and (read := {name.tag, _as_dagster(name)} - {f"{_TAG}str"}):
+                kind = _SCALARS.get(min(read).removeprefix(_TAG), "no text")
+                found = shown(name.value, (*key, name.value))
+                self._refuse(
+                    name, key, f"found the key {found}, which YAML reads as {kind}. If it is meant, put it in quotes"
+                )
             if name.value in seen:
                 path = ".".join(str(part) for part in (*key, name.value) if part != "attributes")
                 raise ConfigurationError(
@@ -272,6 +351,49 @@ class _Walk:
         for value in merged:  # after the keys of its own, which win
             for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 self.visit(one, key, (*above, node))
+
+    def _tag(self, node: yaml.Node, key: Key) -> None:
+        if node.tag not in _TAGS:
+            tag = node.tag.replace(_TAG, "!!")
+            self._refuse(node, key, f"the tag {tag} is not known here. Leave it out, and write the plain value")
+
+    def _scalar(self, node: yaml.ScalarNode, key: Key) -> None:
+        """Refuse a value that PyYAML, or Dagster after it, would fail to make: !!int abc, 0x_, = and the like."""
+        kind = node.tag.removeprefix(_TAG)
+        try:
+            if kind == "null" and _as_untagged(node) != node.tag:
+                raise ValueError
+            self.loader.construct_object(node)
+        except Exception:
+            self._refuse(node, key, f"found {shown(node.value, key)}, expected {_SCALARS.get(kind, 'a plain value')}")
+        if (seen := _as_dagster(node)) != node.tag:
+            loader = _DagstersLoader("")
+            try:
+                loader.construct_object(yaml.ScalarNode(seen, node.value))
+            except Exception:
+                found = shown(node.value, key)
+                self._refuse(node, key, f"found {found}, which YAML takes for something else than text. Quote it")
+            finally:
+                loader.dispose()
+
+    def _refuse(self, node: yaml.Node, key: Key, problem: str) -> NoReturn:
+        named = dotted(key[1:] if key[:1] == ("attributes",) else key)
+        where = f"{self.file}:{node.start_mark.line + 1}: {f'{named}: ' if named else ''}"
+        raise ConfigurationError(without_password(f"{where}{problem}")) from None
+
+
+_PLAIN, _DAGSTERS = _Loader(""), _DagstersLoader("")  # asked for tags only
+
+
+def _as_untagged(node: yaml.ScalarNode) -> str:
+    return str(_PLAIN.resolve(yaml.ScalarNode, node.value, (True, False)))
+
+
+def _as_dagster(node: yaml.ScalarNode) -> str:
+    """The tag that Dagster sees: its own where the text has neither quotes nor a tag."""
+    if node.style is not None or node.tag != _as_untagged(node):
+        return node.tag
+    return str(_DAGSTERS.resolve(yaml.ScalarNode, node.value, (True, False)))
 
 
 # ---------------------------------------------------------------------------------------------- the values
@@ -289,7 +411,7 @@ def _resolved(value: Any, key: Key, document: Document, unset: list[str]) -> Any
         if (found := os.environ.get(match[1])) is not None:
             return found
         unset.append(
-            f"{document.at(key)}: {_dotted(key)}: the environment variable {match[1]} is not set. Set it where Dagster "
+            f"{document.at(key)}: {dotted(key)}: the environment variable {match[1]} is not set. Set it where Dagster "
             "is started, or write the value itself"
         )
         return ""
@@ -299,25 +421,22 @@ def _resolved(value: Any, key: Key, document: Document, unset: list[str]) -> Any
 
 def _problems(error: ValidationError, document: Document) -> list[str]:
     """One line for each key that is wrong. The branches of a union, which pydantic reports apart, are one."""
-    told: dict[tuple[str, str], list[str]] = {}
-    for one in error.errors(include_url=False, include_context=False):
-        message = one["msg"].removeprefix("Value error, ")
-        key: Key = one["loc"]
+    told: dict[tuple[str, str, str, Key], list[str]] = {}
+    for one in error.errors(include_url=False):
+        message, key = expectation(one), one["loc"]
         if one["type"] != "missing":
             while key and not document.stands(key):
                 key = key[:-1]
-        found = one["input"]
-        if isinstance(found, int | float) and not isinstance(found, bool):
-            message += f"; found {found}"  # a number that is out of bounds: no secret, and what to look for
+        found = f"; found {document.shown(one['input'], key)}" if repeats_input(one) else ""
         deeper = _named_in(message, key, document)
         named, _, rest = message.partition(": ")
-        if key and deeper[len(key) :] and _dotted(deeper[len(key) :]) == named:  # of `hub`: 'embedder: expected ...'
+        if key and deeper[len(key) :] and dotted(deeper[len(key) :]) == named:  # of `hub`: 'embedder: expected ...'
             key, message = deeper, rest
-        shown = f"{_dotted(key)}: " if key and not message.startswith(_dotted(key)) else ""
-        told.setdefault((document.at(deeper), shown), []).append(message)
+        shown_key = f"{dotted(key)}: " if key and not message.startswith(dotted(key)) else ""
+        told.setdefault((document.at(deeper), shown_key, found, key), []).append(message)
     return [
-        without_password(f"{where}: {shown}{', or '.join(dict.fromkeys(messages))}")
-        for (where, shown), messages in told.items()
+        without_password(f"{where}: {shown_key}{either(messages)}{found}")
+        for (where, shown_key, found, _), messages in told.items()
     ]
 
 
@@ -330,7 +449,3 @@ def _named_in(message: str, key: Key, document: Document) -> Key:
     if match := re.match(r"unknown key '([^']*)'", message):
         return (*key, match[1]) if document.stands((*key, match[1])) else key
     return key
-
-
-def _dotted(key: Key) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")

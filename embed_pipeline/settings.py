@@ -11,9 +11,10 @@ import ipaddress
 import math
 import os
 import re
+import typing
 import urllib.parse
 import zoneinfo
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -64,6 +66,7 @@ LONGEST_NAME = 64
 Name = Annotated[str, Field(pattern=f"^{PIPELINE_NAME}$", max_length=LONGEST_NAME)]
 MOST_ROWS = 1_000_000_000
 MOST_TOKENS = 1_048_576  # of a text
+LONGEST_INTERFACE = 15  # characters of its name, in Linux
 
 
 def _somewhere(given: Any) -> Any:
@@ -98,8 +101,8 @@ Metric = Literal[
 class Settings(BaseModel):
     """Base of all settings: frozen, finite, and an unknown key is answered with the allowed ones.
 
-    Settings are published with what they made, so nothing that looks like a password or a token is one, and errors
-    show no input: it may be a secret under a wrong key.
+    Settings are published with what they made, so nothing that looks like a password or a token is one. Pydantic's own
+    errors show no input: `wrong_values` adds it where it can be no secret.
     """
 
     model_config = ConfigDict(
@@ -133,6 +136,30 @@ class Settings(BaseModel):
             if problem := _unfit(value, key):
                 raise ValueError(problem)
         return given
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, given: Any, info: ValidationInfo) -> Any:
+        """Python takes true for 1, so `epochs: yes` would be one epoch."""
+        types = list(_types_in(cls.model_fields[str(info.field_name)].annotation))
+        is_number = (int in types or float in types) and bool not in types and Any not in types
+        if is_number and (found := _boolean_in(given)) is not None:
+            expected = "text or a number" if str in types else "a number"
+            raise ValueError(f"must be {expected}; found {str(found).lower()}")
+        return given
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in typing.get_args(annotation):
+        yield from _types_in(part)
+
+
+def _boolean_in(given: Any) -> bool | None:
+    if isinstance(given, bool):
+        return given
+    inside = given.values() if isinstance(given, Mapping) else given if isinstance(given, list | tuple) else ()
+    return next((found for item in inside if (found := _boolean_in(item)) is not None), None)
 
 
 def _unfit(value: Any, where: str) -> str | None:
@@ -1039,26 +1066,33 @@ class HubSettings(Settings):
         for key in ("embedder", "reranker"):
             repository = getattr(self, key)
             if repository is not None and repository.count("/") != 1:
-                raise ValueError(f"{key}: expected owner/name")
+                raise ValueError(f"{key}: expected owner/name; found {repository!r}")
         if self.embedder is None and self.reranker is None:
             raise ValueError("hub: name a repository under `embedder`, `reranker` or both")
         return self
 
 
 def _check_network(network: str) -> str:
-    """Raises ValueError unless `network` is one (10.0.0.0/24), or can be the name of an interface."""
-    if "/" in network:
-        found = ipaddress.ip_network(network, strict=False)
+    """Raises ValueError unless `network` is one (10.0.0.0/24), or can be the name of an interface.
+
+    It becomes a part of torchrun's options, so it may hold nothing that ends one.
+    """
+    expected = "Expected the network that the nodes share (10.0.0.0/24), or the name of an interface (eth0)"
+    if re.fullmatch(r"[0-9A-Fa-f:.]+/[0-9.]+", network):
+        try:
+            found = ipaddress.ip_network(network, strict=False)
+        except ValueError:
+            raise ValueError(f"{network!r} is no IPv4 or IPv6 network. {expected}") from None
         if found.prefixlen == 0:
             raise ValueError(f"{network} is every network. Name the one that the nodes share, e.g. 10.0.0.0/24")
         return network
+    if not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,39}", network):
+        raise ValueError(f"{network!r} is neither a network nor the name of an interface. {expected}")
     try:
         address = ipaddress.ip_address(network)
     except ValueError:
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", network):
-            raise ValueError(
-                f"{network!r} is neither a network (10.0.0.0/24) nor the name of an interface (eth0)"
-            ) from None
+        if len(network) > LONGEST_INTERFACE:
+            raise ValueError(f"{network!r} is neither a network nor the name of an interface. {expected}") from None
         return network
     raise ValueError(f"{network} is an address. Name the network that the nodes share, e.g. {address}/24")
 

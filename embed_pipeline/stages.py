@@ -72,6 +72,7 @@ from embed_pipeline.tables import (
 )
 from embed_pipeline.tracking.runs import TrackedRun, tracked_run
 from embed_pipeline.training.job import CHECKPOINTS_FOLDER, JOB_FILE, MODEL_FOLDER, SUMMARY_FILE
+from embed_pipeline.wrong_values import sentences
 
 if TYPE_CHECKING:
     from embed_pipeline.evaluation.compared import ChampionModels, ComparedModels
@@ -133,7 +134,7 @@ class Pipeline:
                 self, dagster_run_id=dagster_run_id, settings=PipelineSettings.model_validate(settings), store=store
             )
         except ValidationError as error:
-            raise ConfigurationError(f"this run's overrides do not fit the other stages: {error}") from error
+            raise ConfigurationError(f"this run's overrides do not fit the other stages: {sentences(error)}") from error
 
     @property
     def encode_precision(self) -> ResolvedPrecision:

@@ -241,4 +241,14 @@ def test_a_reason_with_brackets_is_shown_as_it_is(in_service: Workshop) -> None:
 
 def test_nothing_promoted_yet_is_told(store: PipelineStore) -> None:
     publish(store, 1)
-    assert "nothing was promoted in support yet" in run("champion", "support").output
+    told = "nothing was promoted in support yet: materialize support/champion"
+    assert told in run("champion", "support").output
+    history = run("history", "support")
+    assert (history.exit_code, history.output) == (0, f"{told}\n")
+
+
+def test_the_list_of_commands_cuts_no_sentence_in_a_narrow_terminal() -> None:
+    told = CliRunner().invoke(main, ["--help"], env={"COLUMNS": "80"}).output
+    lines = told.partition("Commands:")[2].strip().splitlines()
+    assert len(lines) == len(main.commands)
+    assert [line for line in lines if not line.endswith(".") or line.endswith("...")] == []

@@ -164,8 +164,16 @@ def test_a_pipeline_of_scored_pairs_is_judged_by_spearman_and_has_no_reranker() 
         (nodes("0.0.0.0/0"), "0.0.0.0/0 is every network"),
         (nodes("::/0"), "::/0 is every network"),
         (nodes("10.0.0.7"), "10.0.0.7 is an address. Name the network that the nodes share, e.g. 10.0.0.7/24"),
-        (nodes("10.0.0.0/33"), "does not appear to be an IPv4 or IPv6 network"),
-        (nodes("eth0,join_timeout=1"), "is neither a network .* nor the name of an interface"),
+        (nodes("10.0.0.0/33"), "is no IPv4 or IPv6 network"),
+        (nodes("eth0,join_timeout=1"), "is neither a network nor the name of an interface"),
+        (nodes("fe80::%eth0,rank=0/64"), "is neither a network nor the name of an interface"),
+        (nodes("fe80::%eth0/64"), "is neither a network nor the name of an interface"),
+        (nodes("fe80::1%eth0"), "is neither a network nor the name of an interface"),
+        (nodes("10.0.0.0/24,rank=0"), "is neither a network nor the name of an interface"),
+        (nodes("10.0.0.0/24\n"), "is neither a network nor the name of an interface"),
+        (nodes("eth=0"), "is neither a network nor the name of an interface"),
+        (nodes("eth 0"), "is neither a network nor the name of an interface"),
+        (nodes("an_interface_of_Linux"), "is neither a network nor the name of an interface"),
         (nodes("eth0\nexit"), "is neither a network"),
         (nodes(""), "is neither a network"),
     ],
@@ -202,6 +210,9 @@ def test_what_cannot_work_is_refused(changed: dict[str, Any], message: str) -> N
         nodes("10.0.0.7/24"),
         nodes("fd00::/8"),
         nodes("eth0.100"),
+        nodes("eth0:1"),
+        nodes("veth0@if7"),
+        nodes("10.0.0.0/255.255.255.0"),
         {"launch": {"kind": "slurm"}},
     ],
 )
@@ -256,6 +267,19 @@ def test_every_number_has_a_lowest_and_a_highest() -> None:
 def test_no_number_is_infinite(model: type[Settings], name: str, number: float) -> None:
     with pytest.raises(ValidationError, match=f"{name}.*expected a finite number"):
         model.model_validate({name: [number, number] if name == "score_range" else number})
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(("model", "name"), [(model, name) for model, name, _ in numbers()])
+def test_true_and_false_are_no_numbers(model: type[Settings], name: str, given: bool) -> None:
+    nested = {"score_range": [given, 5], "coefficients": [given], "dimensions": [given], "sbatch": {"nice": given}}
+    nested |= {"max_loss": {"map_at_100": given}} if model.__name__ == "GateSettings" else {}
+    with pytest.raises(ValidationError) as raised:
+        model.model_validate({name: nested.get(name, given)})
+    told = [one["msg"] for one in raised.value.errors() if one["loc"][:1] == (name,)]
+    assert [message.partition("must be ")[2] for message in told] == [
+        f"{'text or ' if name == 'sbatch' else ''}a number; found {str(given).lower()}"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from pydantic import ValidationError
 
-from embed_pipeline.errors import ConfigurationError, UserError
+from embed_pipeline.errors import UserError
 from embed_pipeline.masking import without_password
 from embed_pipeline.pipeline_file import Document, read_documents
+from embed_pipeline.wrong_values import sentences
 
 ASSET = "broken_yaml"
 CHECK = "yaml_can_be_loaded"
@@ -34,7 +36,12 @@ class Broken:
             chain.append(inner)
             seen.add(id(inner))
         readable = [one for one in chain if isinstance(one, UserError)]
-        told = str(readable[0]) if readable else f"{type(chain[-1]).__name__}: {chain[-1]}"
+        last = chain[-1]
+        told = (
+            str(readable[0]) if readable
+            else sentences(last) if isinstance(last, ValidationError)
+            else f"{type(last).__name__}: {last}"
+        )  # fmt: skip
         if str(file) not in told:
             documents = cls(file, told)._documents()
             told = f"{documents[0].at_named(told) if len(documents) == 1 else file}: {told}"
@@ -60,7 +67,7 @@ class Broken:
     def _documents(self) -> list[Document]:
         try:
             return read_documents(self.file)
-        except ConfigurationError:
+        except Exception:  # it may be what makes the file broken
             return []
 
 
@@ -135,5 +142,5 @@ def _silent_schedule(name: str, job: str, broken: Broken, asked: Mapping[str, An
 
     try:
         return at(str(asked["retrain"]), str(asked.get("timezone") or "UTC"))
-    except dg.DagsterInvalidDefinitionError:
+    except Exception:  # what is no time may be anything, and Dagster refuses it in several ways
         return at(_AT_NIGHT, "UTC")

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, create_model
 
 from embed_pipeline.errors import ConfigurationError
 from embed_pipeline.settings import EncodingSettings, ModelSource, Settings
+from embed_pipeline.wrong_values import sentences
 
 SCALARS = (bool, int, float, str)
 # A base model and its encoding are part of a pipeline's identity: mining and evaluation use them too.
@@ -39,8 +40,7 @@ def apply_overrides(settings: S, overrides: dg.Config) -> S:
     try:
         return type(settings).model_validate(_merged(settings.model_dump(), given))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
-        raise ConfigurationError(f"this run's overrides do not fit: {problems}") from error
+        raise ConfigurationError(f"this run's overrides do not fit: {sentences(error)}") from error
 
 
 def _given(overrides: dg.Config) -> dict[str, Any]:

@@ -67,7 +67,7 @@ BAD = [
     ({"automation.retrain": "nightly"}, "automation.retrain: found 'nightly', expected on_change or a cron line"),
     ({"automation.retrain": "0 25 * * *"}, "found '0 25 * * *', expected on_change or a cron line of five fields"),
     ({"automation.timezone": "Europe/Berln"}, "no time zone is called 'Europe/Berln'. Did you mean 'Europe/Berlin'?"),
-    ({"automation.retries": -1}, "Input should be greater than or equal to 0"),
+    ({"automation.retries": -1}, "must be at least 0; found -1"),
     (
         {"automation.watch": True, "source.script": "build.py", "source.script_output": "raw"},
         "automation.watch: source.script builds the raw files anew in every run",

@@ -121,12 +121,12 @@ def test_a_broken_yaml_fails_the_check_and_not_the_runs_of_others(make_pipeline:
     done = materialize(small, "small/raw_pairs", {})
     assert done.returncode == 0, done.stderr[-2000:]
     assert small.store.current("raw_pairs").report["rows"] == 120
-    assert f"{broken}:2: source: Field required" in done.stderr
+    assert f"{broken}:2: source is required" in done.stderr
 
     refused = materialize(small, "key:broken/*", {})
     assert refused.returncode == 1
-    assert f"{broken}:2: source: Field required" in refused.stderr + refused.stdout
+    assert f"{broken}:2: source is required" in refused.stderr + refused.stdout
 
     checked = run(small, "dg", "check", "defs")
     assert checked.returncode == 1
-    assert f"{broken}:2: source: Field required" in checked.stdout + checked.stderr
+    assert f"{broken}:2: source is required" in checked.stdout + checked.stderr

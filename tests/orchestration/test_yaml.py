@@ -16,6 +16,7 @@ from jsonschema import Draft202012Validator
 from embed_pipeline.definitions import defs, load_folder
 from embed_pipeline.errors import ConfigurationError
 from embed_pipeline.orchestration.component import RetrievalPipeline
+from embed_pipeline.pipeline_file import Document, read_documents
 from tests.orchestration.conftest import settings_of, write_pipeline, write_yaml
 
 HUB = {"hub": "BAAI/bge-small-en-v1.5"}
@@ -25,9 +26,9 @@ PAIRS = {"name": "alike", "kind": "scored", "path": "gone.parquet"}
 BAD = [
     ({"embedder.lerning_rate": 1}, "unknown key 'lerning_rate'. Did you mean 'learning_rate'? Allowed here: arguments"),
     ({"minning": {}}, "unknown key 'minning'. Did you mean 'mining'?"),
-    ({"embedder.epochs": "many"}, "embedder.epochs: Input should be a valid number"),
-    ({"embedder.epochs": 0}, "embedder.epochs: Input should be greater than or equal to 0.001; found 0"),
-    ({"embedder.engine": "keras"}, "Input should be 'sentence-transformers' or 'flag-embedding'"),
+    ({"embedder.epochs": "many"}, "embedder.epochs: must be a number; found 'many'"),
+    ({"embedder.epochs": 0}, "embedder.epochs: must be at least 0.001; found 0"),
+    ({"embedder.engine": "keras"}, "must be 'sentence-transformers' or 'flag-embedding'; found 'keras'"),
     ({"embedder.base_model": HUB}, "needs `revision`: the 40-digit commit hash"),
     ({"embedder.base_model": {**HUB, "revision": "main"}}, "found 'main'. A branch such as main can change"),
     ({"embedder.base_model": {**HUB, "path": "x"}}, "exactly one of hub, path, package; found hub and path"),
@@ -35,9 +36,9 @@ BAD = [
     ({"embedder.base_model": {"path": "gone"}}, "embedder.base_model: no model at"),
     ({"embedder.base_model": {"package": "no_such_package"}}, "'no_such_package' that carries the base model is not"),
     ({"embedder.base_model.sha256": "abc"}, "sha256 must be 64 hexadecimal digits; found 'abc'"),
-    ({"reranker.base_model": "the embedder"}, "Input should be 'embedder'"),
+    ({"reranker.base_model": "the embedder"}, "must be keys with values or 'embedder'; found 'the embedder'"),
     ({"reranker.loss": "CosineLoss"}, "no loss is called 'CosineLoss'."),
-    ({"source.kind": "csv"}, "Input should be 'pairs', 'triplets', 'beir', 'flag-embedding', 'scored', 'labelled'"),
+    ({"source.kind": "csv"}, "must be 'pairs', 'triplets', 'beir', 'flag-embedding', 'scored', 'labelled'"),
     ({"source": {"kind": "beir", "queries": "q.parquet"}}, "a source of kind 'beir' needs `corpus`"),
     ({"source.qrels": "q.parquet"}, "`qrels` does not belong to a source of kind 'pairs'"),
     ({"source.path": "nothing/*.parquet"}, "source.path: no file matches"),
@@ -47,13 +48,16 @@ BAD = [
     ({"source.script": "build.py"}, "`script` and `script_output` go together"),
     ({"cleaning": {"split": {"dev": 0.5, "test": 0.5}}}, "dev + test must leave rows for train; found 0.5 + 0.5"),
     ({"mining.range_min": 20}, "range_min (20) must be below top_k (20)"),
-    ({"mining.max_score_ratio": 1.5}, "Input should be less than or equal to 1"),
+    ({"mining.max_score_ratio": 1.5}, "must be at most 1; found 1.5"),
     ({"forgetting.guards": [PAIRS]}, "forgetting.guards[0].path (alike): no parquet file at"),
     ({"forgetting.guards": [PAIRS, PAIRS]}, "two sets are called 'alike'; give each a name of its own"),
     ({"forgetting.guards": [{**PAIRS, "max_passages": 50}]}, "max_passages belongs to a guard of kind beir"),
-    ({"forgetting.coefficients": [0.5, 1.0]}, "Input should be less than 1"),
-    ({"name": "My Pipeline"}, "String should match pattern"),
-    ({"seed": -1}, "Input should be greater than or equal to 0"),
+    ({"forgetting.coefficients": [0.5, 1.0]}, "must be less than 1; found 1"),
+    (
+        {"name": "My Pipeline"},
+        "starting with a letter; found 'My Pipeline'",
+    ),
+    ({"seed": -1}, "seed: must be at least 0; found -1"),
 ]
 
 
@@ -166,13 +170,17 @@ SHOP = "type: embed_pipeline.RetrievalPipeline\nattributes:\n  name: shop\n"
 @pytest.mark.parametrize(
     ("text", "name", "reason"),
     [
-        (f"{SHOP}  automation: {AUTOMATION}\n", "shop", "defs.yaml:2: source: Field required"),
+        (f"{SHOP}  automation: {AUTOMATION}\n", "shop", "defs.yaml:2: source is required"),
         (f"{SHOP}  sources: [\n", "other", "this is not YAML"),
         (f"{SHOP}  description: K\u00e4se\n".encode("latin-1"), "other", "defs.yaml:4: the byte 0xe4 is not UTF-8"),
         ("type: no_such_package.Component\n", "other", "no_such_package"),
         ("", "other", "the file is empty"),
         (None, "other", "the link leads to /nowhere/defs.yaml, which is not there"),
-        (f"{SHOP}  automation: {{retrain: every night}}\n", "shop", "source: Field required"),
+        (f"{SHOP}  automation: {{retrain: every night}}\n", "shop", "source is required"),
+        (f"{SHOP}  seed: !!int abc\n", "other", "defs.yaml:4: seed: found 'abc', expected a whole number"),
+        (f"{SHOP}  card: !!omap [license: b]\n", "other", "defs.yaml:4: card: the tag !!omap is not known here"),
+        (f"requirements: {{env: 3}}\n{SHOP}", "shop", "requirements.env: must be a list; found 3"),
+        (f"post_processing: 3\n{SHOP}", "shop", "post_processing: must be keys with values; found 3"),
     ],
 )
 def test_one_broken_yaml_leaves_the_others_alone_and_is_seen(
@@ -215,12 +223,12 @@ def test_its_check_schedule_and_sensor_say_why_it_does_not_run(
     with dg.DagsterInstance.ephemeral() as instance:
         tick = schedule.evaluate_tick(dg.build_schedule_context(instance))
         assert tick.run_requests == []
-        assert "source: Field required" in (tick.skip_message or "")
+        assert "source is required" in (tick.skip_message or "")
         sensor = definitions.resolve_sensor_def("shop_raw_files")
         assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
         look = sensor.evaluate_tick(dg.build_sensor_context(instance))
         assert look.run_requests == []
-        assert "source: Field required" in (look.skip_message or "")
+        assert "source is required" in (look.skip_message or "")
 
         check = dg.AssetCheckKey(dg.AssetKey(["shop", "broken_yaml"]), "yaml_can_be_loaded")
         job = definitions.resolve_implicit_global_asset_job_def()
@@ -229,7 +237,7 @@ def test_its_check_schedule_and_sensor_say_why_it_does_not_run(
         )
     (evaluation,) = done.get_asset_check_evaluations()
     assert not evaluation.passed
-    assert "source: Field required" in (evaluation.description or "")
+    assert "source is required" in (evaluation.description or "")
 
 
 def test_on_change_says_why_as_well_and_what_asks_for_nothing_has_no_schedule(
@@ -245,7 +253,7 @@ def test_where_definitions_are_only_checked_every_reason_is_an_error(
     deployment: Callable[[str | bytes | None], dg.Definitions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DAGSTER_IS_DEFS_VALIDATION_CLI", "1")
-    with pytest.raises(ConfigurationError, match=r"defs.yaml:2: source: Field required\n.*embedder: Field required"):
+    with pytest.raises(ConfigurationError, match=r"defs.yaml:2: source is required\n.*embedder is required"):
         deployment(SHOP)
 
 
@@ -278,6 +286,24 @@ def test_a_folder_that_is_not_there_leaves_the_others_alone(
     assert "EMBED_PIPELINE_DEFS names /no/such/folder, which is not a folder" in (spec.description or "")
 
 
+def test_an_error_that_nobody_foresaw_is_that_of_one_file_alone(
+    deployment: Callable[[str | bytes | None], dg.Definitions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(file: Path) -> list[Document]:
+        if file.parent.name == "other":
+            raise LookupError("nobody thought of this")
+        return read_documents(file)
+
+    for module in ("definitions", "orchestration.broken"):
+        monkeypatch.setattr(f"embed_pipeline.{module}.read_documents", read)
+    definitions = deployment(SHOP)
+
+    assert {"demo/embedder", "small/embedder", "other/broken_yaml"} <= keys_of(definitions)
+    spec = definitions.get_assets_def(["other", "broken_yaml"]).get_asset_spec()
+    where = tmp_path / "defs" / "other" / "defs.yaml"
+    assert f"{where}: LookupError: nobody thought of this" in (spec.description or "")
+
+
 def test_python_beside_a_broken_yaml_is_loaded(
     deployment: Callable[[str | bytes | None], dg.Definitions], tmp_path: Path
 ) -> None:
@@ -286,10 +312,11 @@ def test_python_beside_a_broken_yaml_is_loaded(
     (tmp_path / "defs" / "deeper" / "one").mkdir(parents=True)
     (tmp_path / "defs" / "deeper" / "below.py").write_text(code.format(name="below"))
     (tmp_path / "defs" / "worse.py").write_text("raise RuntimeError('no')\n")
+    (tmp_path / "defs" / "worst.py").write_text("raise SystemExit(1)\n")
 
     keys = keys_of(deployment(SHOP))
 
-    assert {"beside", "below", "small/embedder", "shop/broken_yaml", "worse/broken_yaml"} <= keys
+    assert {"beside", "below", "small/embedder", "shop/broken_yaml", "worse/broken_yaml", "worst/broken_yaml"} <= keys
 
 
 def test_two_pipelines_may_stand_in_one_file(
