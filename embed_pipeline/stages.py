@@ -175,7 +175,7 @@ class Pipeline:
 def make_raw_pairs(pipeline: Pipeline) -> Produced:
     """The user's files -> one raw parquet table."""
     settings, folder = pipeline.settings, pipeline.folder
-    run_scripts(settings.sources, folder)
+    run_scripts(settings.sources, folder, pipeline.store.script_lists)
     state = state_digest(look(settings.sources, folder))
     files = fingerprint(settings.sources, folder)
 

@@ -246,7 +246,7 @@ class _Search:
 
     def _take_file(self, name: str, *, named_by_pattern: bool = False) -> None:
         path = self.yaml_folder / name
-        if not _is_unicode(name):
+        if not is_unicode(name):
             raise ConfigurationError(f"{self.where}: the name of {name!a} is not UTF-8. Rename the file")
         hidden = path.name.startswith(".") and path.name not in self.named
         if not hidden and path.is_symlink() and not path.exists():
@@ -265,7 +265,8 @@ class _Search:
             raise ConfigurationError(f"{self.where}: {path} is no file but a pipe, socket or device. Move it elsewhere")
 
 
-def _is_unicode(name: str) -> bool:
+def is_unicode(name: str) -> bool:
+    """Whether a name of a file is UTF-8: Python has surrogates for the bytes that are not."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
