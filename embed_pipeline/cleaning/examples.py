@@ -407,7 +407,7 @@ def _score_classes(connection: duckdb.DuckDBPyConnection, source: SourceSettings
         meant = connection.execute(
             "SELECT min(label) FROM live WHERE class_key(label) = class_key(trim($alike))", {"alike": alike}
         ).fetchall()[0][0]
-        alike = meant or _same_answer(alike, classes) or alike
+        alike = meant or alike
     if alike is not None and (alike not in classes or len(classes) > 2):
         told = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         raise CleaningError(
@@ -420,13 +420,6 @@ def _score_classes(connection: duckdb.DuckDBPyConnection, source: SourceSettings
             "UPDATE rows SET score = (lower(label) = lower($alike))::DOUBLE WHERE sentence2 IS NOT NULL",
             {"alike": alike},
         )
-
-
-def _same_answer(given: str, classes: Sequence[str]) -> str | None:
-    """The class that is `given` in another way to write yes and no: YAML reads `yes` as true."""
-    answers = {name: answer for way in _TWO_CLASSES for name, answer in way.items()}
-    told = {answers.get(casefolded(name)): name for name in classes}
-    return told.get(answers.get(casefolded(given.strip()))) if None not in told and len(told) == len(classes) else None
 
 
 def _create_results(connection: duckdb.DuckDBPyConnection, apart: Apart) -> None:

@@ -334,11 +334,6 @@ def test_a_positive_label_as_yaml_reads_it(names: tuple[str, str], written: str)
     assert {row["label"] for row in result.examples if row["score"] == 1.0} == {meant}
 
 
-def test_a_positive_label_that_could_be_meant_but_is_not_there() -> None:
-    with pytest.raises(CleaningError, match=r"positive_label: .* found 'true'\. The classes are: 1, 2"):
-        cleaned(classes(names=("1", "2")), "labelled", positive_label=True)
-
-
 def test_verify_sees_each_broken_promise(tmp_path: Path) -> None:
     settings = SourceSettings(kind="scored", path="a")
     raw = tmp_path / RAW_EXAMPLES_FILE
