@@ -5,6 +5,7 @@
     <store>/<pipeline>/<asset>/current.json       the version that later stages use
     <store>/<pipeline>/raw_pairs/read.json        the state of the raw files that the current raw rows were read from
     <store>/<pipeline>/.runs/<run>/<asset>        the version that one run made or found, which its later stages use
+    <store>/.script_lists/                        which raw files the scripts of all pipelines wrote
     <store>/<pipeline>/.staging/                  what is being made
     <store>/<pipeline>/.checkpoints/              what a training goes on from after it was killed, by asset and recipe
     <store>/<pipeline>/.embeddings/               encoded texts, by model and content; can be deleted
@@ -255,6 +256,12 @@ class PipelineStore:
     @property
     def embeddings_folder(self) -> Path:
         return self.folder / ".embeddings"
+
+    @property
+    def script_lists(self) -> Path:
+        """What scripts wrote into which folder: one for all pipelines, and for smoke tests, which build the same."""
+        root = self.folder.parent
+        return (root.parent if root.name == SMOKE_TEST_STORE else root) / ".script_lists"
 
     def current(self, asset: str) -> Artifact:
         """The version later stages use: this run's own, else the last one made.

@@ -81,6 +81,14 @@ def _somewhere(given: Any) -> Any:
     return given
 
 
+def _as_class(given: Any) -> Any:
+    """A class as files hold it: YAML reads `1` as a number and `true` as a boolean."""
+    if isinstance(given, bool):
+        return str(given).lower()
+    return str(given) if isinstance(given, int) else given
+
+
+ClassName = Annotated[str, BeforeValidator(_as_class)]
 PathText = Annotated[str, BeforeValidator(_somewhere)]  # may hold wildcards
 Place = Annotated[Path, BeforeValidator(_somewhere)]
 Metric = Literal[
@@ -352,7 +360,7 @@ class SourceSettings(Settings):
         max_length=2,
         description="scored: the scale of the scores, e.g. [1, 5]; mapped to 0..1. Unset: they are on it already",
     )
-    positive_label: str | None = Field(
+    positive_label: ClassName | None = Field(
         None,
         description="labelled: which of two classes means that the two sentences are alike; unset: 1 of 0 and 1, true "
         "of false and true. Losses and figures over pairs that are alike or not need it",

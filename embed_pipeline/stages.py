@@ -88,8 +88,8 @@ if TYPE_CHECKING:
 
 # Part of every recipe: raise a stage's number when a change to its code changes what it makes.
 CODE_VERSIONS = {
-    "raw_pairs": "3",
-    "cleaned_pairs": "4",
+    "raw_pairs": "4",
+    "cleaned_pairs": "5",
     "hard_negatives": "3",
     "embedder": "3",
     "merged_embedder": "3",
@@ -176,7 +176,7 @@ class Pipeline:
 def make_raw_pairs(pipeline: Pipeline) -> Produced:
     """The user's files -> one raw parquet table."""
     settings, folder = pipeline.settings, pipeline.folder
-    run_scripts(settings.sources, folder)
+    run_scripts(settings.sources, folder, pipeline.store.script_lists)
     state = state_digest(look(settings.sources, folder))
     files = fingerprint(settings.sources, folder)
 

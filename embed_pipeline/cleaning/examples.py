@@ -91,7 +91,8 @@ def clean_examples(
 
     The same rows, settings and seed give the same bytes. Two texts are the same when letter case, punctuation, width
     and spaces are put aside. Of rows of one split that say the same the first stays; where they say something else (two
-    scores, two classes) all go. Order counts for classes and translations, not for scores.
+    scores, two classes) all go. Order counts for classes and translations, not for scores. Two classes that say whether
+    sentences are alike contradict each other in either order.
 
     Delivered splits are honoured, and train gives way where it leaks into dev or test; missing splits are cut from
     train by a seeded hash. No text stands in two splits, however its words are ordered, unless texts stand in so many
@@ -277,14 +278,16 @@ def _reject_repeated(connection: duckdb.DuckDBPyConnection, source: SourceSettin
     """Within a split; what stands in two splits is a leak, and there the split that goes before decides."""
     same = _SAME[source.kind]
     said = {"scored": "delivered_score", "labelled": "label"}.get(source.kind)
+    # That two sentences are alike holds in both orders. Other classes, such as entailment, hold for one.
+    about = _SAME["scored"] if _tells_alike(connection, source) else same
     if said is not None:
         reject(
             connection,
             reasons.CONTRADICTION,
             f"""SELECT row, said AS detail FROM (
-                    SELECT row, {same} AS same, split FROM live
+                    SELECT row, {about} AS same, split FROM live
                 ) JOIN (
-                    SELECT {same} AS same, split, array_to_string(list_sort(list(DISTINCT {said})), ' and ') AS said
+                    SELECT {about} AS same, split, array_to_string(list_sort(list(DISTINCT {said})), ' and ') AS said
                     FROM live GROUP BY ALL HAVING count(DISTINCT {said}) > 1
                 ) USING (same, split)""",
         )
@@ -297,6 +300,14 @@ def _reject_repeated(connection: duckdb.DuckDBPyConnection, source: SourceSettin
                 FROM live WINDOW same_rows AS (PARTITION BY {same}, split ORDER BY row)
             ) WHERE place > 1""",
     )
+
+
+def _tells_alike(connection: duckdb.DuckDBPyConnection, source: SourceSettings) -> bool:
+    """Whether the classes are given to pairs, and say whether these are alike or not."""
+    if source.kind != "labelled" or connection.execute(f"SELECT {_SINGLE}").fetchall()[0][0]:
+        return False
+    found = connection.execute("SELECT DISTINCT label FROM live ORDER BY label").fetchall()
+    return source.positive_label is not None or tuple(row[0].lower() for row in found) in _ALIKE
 
 
 def _create_links(connection: duckdb.DuckDBPyConnection) -> None:

@@ -31,6 +31,14 @@ class SourceFile:
     key: Key
     name: str
     path: Path
+    partition: delta.Partition = ()  # of a Delta table: the values that its log gives all rows of the file
+
+    def values(self) -> dict[str, str | None]:
+        """Column -> value of all its rows, by the folders in its name; what a Delta log says takes precedence."""
+        logged = dict(self.partition)
+        others = {name.casefold() for name in logged}
+        folders = {name: v for name, v in folder_values(self.name).items() if name.casefold() not in others}
+        return {**folders, **logged}
 
 
 class NotRead(BaseModel):
@@ -144,16 +152,18 @@ def _find(
         raise ConfigurationError(
             f"{where}: {error.filename} cannot be looked into: {error.strerror}. Name a place that this user may read"
         ) from error
-    return [SourceFile(key, name, yaml_folder / name) for name in names], passed_over
+    return [SourceFile(key, name, yaml_folder / name, partition) for name, partition in names.items()], passed_over
 
 
-def _names(where: str, suffix: str, pattern: str, yaml_folder: Path) -> tuple[list[str], dict[str, str]]:
+def _names(
+    where: str, suffix: str, pattern: str, yaml_folder: Path
+) -> tuple[dict[str, delta.Partition], dict[str, str]]:
     place = yaml_folder / pattern
-    if place.is_file():
-        return [Path(pattern).as_posix()], {}
     search = _Search(where, suffix, yaml_folder, frozenset(PurePosixPath(pattern).parts))
     names: list[str] = []
-    if place.is_dir():
+    if place.is_file():
+        search.files.add(Path(pattern).as_posix())
+    elif place.is_dir():
         search.below(pattern)
     else:
         _refuse_unreadable_folders(pattern, yaml_folder)
@@ -213,9 +223,10 @@ class _Search:
             else:
                 self.below(child, (*above, real))
 
-    def current_files(self) -> list[str]:
-        """`files` in order, without those that a Delta table has given up."""
-        current: dict[str, frozenset[Path]] = {}
+    def current_files(self) -> dict[str, delta.Partition]:
+        """`files` in order, without those that a Delta table has given up, and what its log says of the others."""
+        current: dict[str, dict[Path, delta.Partition]] = {}
+        partitions: dict[str, delta.Partition] = {}
         for name in sorted(self.files):
             for folder in PurePosixPath(name).parents:
                 table = self.yaml_folder / folder
@@ -223,7 +234,9 @@ class _Search:
                     continue
                 if str(folder) not in current:
                     current[str(folder)] = delta.current_files(self.where, table)
-                if self.yaml_folder / name not in current[str(folder)]:
+                if self.yaml_folder / name in current[str(folder)]:
+                    partitions[name] = current[str(folder)][self.yaml_folder / name]
+                else:
                     self.files.discard(name)
                     self.passed_over[name] = f"the log of the Delta table {folder} does not name it any more"
                 break
@@ -232,7 +245,7 @@ class _Search:
                 f"{self.where}: none of the {len(self.passed_over)} file(s) found is part of its Delta table any more, "
                 "as the log says: the table is empty"
             )
-        return sorted(self.files)
+        return {name: partitions.get(name, ()) for name in sorted(self.files)}
 
     def _is_aside(self, folder: str) -> bool:
         return folder.startswith(("_", ".")) and folder not in self.named and folder not in (".", "..")
@@ -246,7 +259,7 @@ class _Search:
 
     def _take_file(self, name: str, *, named_by_pattern: bool = False) -> None:
         path = self.yaml_folder / name
-        if not _is_unicode(name):
+        if not is_unicode(name):
             raise ConfigurationError(f"{self.where}: the name of {name!a} is not UTF-8. Rename the file")
         hidden = path.name.startswith(".") and path.name not in self.named
         if not hidden and path.is_symlink() and not path.exists():
@@ -265,7 +278,8 @@ class _Search:
             raise ConfigurationError(f"{self.where}: {path} is no file but a pipe, socket or device. Move it elsewhere")
 
 
-def _is_unicode(name: str) -> bool:
+def is_unicode(name: str) -> bool:
+    """Whether a name of a file is UTF-8: Python has surrogates for the bytes that are not."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 

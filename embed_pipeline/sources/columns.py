@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from embed_pipeline.errors import SourceError
 from embed_pipeline.losses import EXAMPLE_KINDS
 from embed_pipeline.settings import ColumnSettings, SourceSettings
 from embed_pipeline.sources.check import Key, SourceFile
+
+logger = logging.getLogger(__name__)
 
 TEXT_TYPES = ("VARCHAR", "JSON", "ENUM")
 _SIGNED = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
@@ -56,7 +59,9 @@ def negative_columns(settings: SourceSettings, delivered: Mapping[str, str]) -> 
     """
     name = settings.columns.negative
     numbered = {
-        int(found[1]): column for column in delivered if (found := re.fullmatch(rf"{re.escape(name)}_(\d+)", column))
+        int(found[1]): column
+        for column in delivered
+        if (found := re.fullmatch(rf"{re.escape(name)}_(\d+)", column, re.IGNORECASE))
     }
     several = [numbered[number] for number in sorted(numbered)]
     return [name, *several] if name in delivered or not several else several
@@ -151,7 +156,8 @@ def match_columns(file: SourceFile, delivered: Mapping[str, str], wanted: list[C
     """Our column -> delivered column, for those the file has.
 
     `delivered` maps the file's column names to DuckDB types. Raises SourceError naming file and column where a
-    required one is missing or its type cannot be what we need.
+    required one is missing or its type cannot be what we need. An optional one is also found where its name differs in
+    letter case or invisible characters, which is logged: who delivers `Split` means it to be honoured.
     """
     matched: dict[str, str] = {}
     for column in wanted:
@@ -160,7 +166,11 @@ def match_columns(file: SourceFile, delivered: Mapping[str, str], wanted: list[C
         if column.theirs not in delivered:
             if column.required:
                 raise SourceError(_missing(file, delivered, column))
-            continue
+            name = the_one_alike(file, column, delivered, "columns")
+            if name is None:
+                continue
+            logger.warning("%s: its column %a is read as '%s' (%s)", file.path, name, column.theirs, column.setting)
+            column = replace(column, theirs=name)
         types, expected = _EXPECTED[column.holds]
         found = delivered[column.theirs]
         base = re.sub(r"\(.*", "", found, flags=re.DOTALL)
@@ -172,6 +182,20 @@ def match_columns(file: SourceFile, delivered: Mapping[str, str], wanted: list[C
             )
         matched[column.ours] = column.theirs
     return matched
+
+
+def the_one_alike(file: SourceFile, column: Column, names: Iterable[str], what: str) -> str | None:
+    """The name that `column` has among `names`, whatever its letter case and invisible characters.
+
+    Raises SourceError where several names can be meant.
+    """
+    found = [name for name in names if alike(name) == alike(column.theirs)]
+    if len(found) > 1:
+        raise SourceError(
+            f"{file.path}: the {what} {' and '.join(f'{name!a}' for name in found)} can both be meant by "
+            f"'{column.theirs}' ({column.setting}). Rename one of them"
+        )
+    return found[0] if found else None
 
 
 def _missing(file: SourceFile, delivered: Mapping[str, str], column: Column) -> str:
@@ -189,6 +213,11 @@ def _missing(file: SourceFile, delivered: Mapping[str, str], column: Column) -> 
         f"{file.path}: no column '{column.theirs}' ({column.setting}). It has: {names}.{hint} "
         f"Name the right one in the YAML: {column.setting}: <column>"
     )
+
+
+def alike(name: str) -> str:
+    """The same for names that a person takes for the same."""
+    return _seen(name).casefold()
 
 
 def _seen(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -19,18 +19,22 @@ _COMMIT = re.compile(r"(\d{20})\.json")
 _CHECKPOINT = re.compile(r"(\d{20})\.checkpoint(?:\.\d{10}\.(\d{10}))?\.parquet")
 _ADVICE = "Write it as plain parquet (Spark: `spark.read.format('delta').load(...).write.parquet(...)`), and name that"
 
+SHOWN = 100  # characters
 Action = Mapping[str, Any]
+Partition = tuple[tuple[str, str | None], ...]  # column, value
 
 
-def current_files(where: str, table: Path) -> frozenset[Path]:
-    """The files below `table` that its log says are part of it now.
+def current_files(where: str, table: Path) -> dict[Path, Partition]:
+    """The files below `table` that its log says are part of it now, each with the values of all its rows.
+
+    The log gives these for the columns that the table is partitioned by, wherever the file lies.
 
     Raises ConfigurationError naming `where` where the log is incomplete or damaged, a file is not there, or the files
     alone do not say what the rows are: with deletion vectors, with column mapping, with files that lie elsewhere.
     """
     try:
-        actions = list(_actions(where, table / LOG_FOLDER))
-    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+        actions = [_checked(action) for action in _actions(where, table / LOG_FOLDER)]
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise ConfigurationError(f"{where}: the log of the Delta table {table} cannot be read: {error}") from error
     current: dict[str, Action] = {}
     for action in actions:
@@ -39,7 +43,7 @@ def current_files(where: str, table: Path) -> frozenset[Path]:
         elif (removed := action.get("remove")) is not None:
             current.pop(removed["path"], None)
         elif (told := action.get("metaData")) is not None:
-            mapping = dict(told.get("configuration") or {}).get("delta.columnMapping.mode", "none")
+            mapping = told["configuration"].get("delta.columnMapping.mode", "none")
             if mapping != "none":
                 raise ConfigurationError(
                     f"{where}: the Delta table {table} maps its columns ({mapping}): they have other names in its "
@@ -51,13 +55,39 @@ def current_files(where: str, table: Path) -> frozenset[Path]:
                 f"{where}: rows of the Delta table {table} were deleted by a deletion vector, and are still in "
                 f"{path}. Rewrite its files (Spark: `REORG TABLE ... APPLY (PURGE)`), or write it as plain parquet"
             )
-        if urlsplit(path).scheme or path.startswith("/"):
+        within = PurePosixPath(unquote(path))
+        if urlsplit(path).scheme or within.is_absolute() or ".." in within.parts:
             raise ConfigurationError(f"{where}: the Delta table {table} has files elsewhere ({path}). {_ADVICE}")
-        if not (table / unquote(path)).is_file():
+        if not (table / within).is_file():
             raise ConfigurationError(
                 f"{where}: the log of the Delta table {table} names {path}, which is not there. Copy the table again"
             )
-    return frozenset(table / unquote(path) for path in current)
+    return {table / unquote(path): tuple(added["partitionValues"].items()) for path, added in current.items()}
+
+
+def _checked(action: Any) -> Action:
+    """An entry of the log, its maps as dictionaries (a checkpoint has lists of pairs).
+
+    Raises ValueError where what is read of it is not as Delta's protocol says.
+    """
+    try:
+        checked = dict(action)
+        for name in ("add", "remove", "metaData"):
+            if checked.get(name) is not None:
+                checked[name] = dict(checked[name])
+        for name in ("add", "remove"):
+            if checked.get(name) is not None and not isinstance(checked[name]["path"], str):
+                raise TypeError
+        if (added := checked.get("add")) is not None:
+            values = dict(added.get("partitionValues") or {})
+            if not all(isinstance(value, str | None) for value in values.values()):
+                raise TypeError
+            added["partitionValues"] = {name: value or None for name, value in values.items()}
+        if (told := checked.get("metaData")) is not None:
+            told["configuration"] = dict(told.get("configuration") or {})
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"it has the entry {str(action)[:SHOWN]}, which is not as Delta's protocol says") from error
+    return checked
 
 
 def _actions(where: str, log: Path) -> Iterator[Action]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -13,8 +14,9 @@ from embed_pipeline.artifacts import DIGITS
 from embed_pipeline.errors import ConfigurationError, SourceError
 from embed_pipeline.settings import SourceSettings
 from embed_pipeline.sources.check import SourceFile, source_files
+from embed_pipeline.sources.delta import Partition
 
-Entry = dict[str, str | int]
+Entry = dict[str, Any]
 SHOWN = 3
 
 
@@ -26,6 +28,7 @@ class FileState(BaseModel):
     name: str
     bytes: int
     modified_ns: int
+    partition: Partition = ()  # what the log of a Delta table says of all its rows
 
 
 def look(sources: Sequence[SourceSettings], yaml_folder: Path) -> tuple[FileState, ...]:
@@ -38,13 +41,16 @@ def look(sources: Sequence[SourceSettings], yaml_folder: Path) -> tuple[FileStat
 
 def state_digest(files: Sequence[FileState]) -> str:
     """One id for the state of all files."""
-    return hashlib.sha256(json.dumps([file.model_dump() for file in files]).encode()).hexdigest()[:DIGITS]
+    return hashlib.sha256(json.dumps([file.model_dump(exclude_defaults=True) for file in files]).encode()).hexdigest()[
+        :DIGITS
+    ]
 
 
 def fingerprint(
     sources: Sequence[SourceSettings], yaml_folder: Path, known: Mapping[FileState, str] | None = None
 ) -> list[Entry]:
-    """One entry a raw file in reading order: `key`, `source` (its name), `bytes`, `sha256` of its content.
+    """One entry a raw file in reading order: `key`, `source` (its name), `bytes`, `sha256` of its content; of a file
+    of a partitioned Delta table also the `partition`.
 
     Files are streamed, but for those whose SHA-256 is `known` for the state they are in. Raises ConfigurationError
     where a path matches nothing, SourceError where a file cannot be read, FileNotFoundError where it is gone.
@@ -55,7 +61,8 @@ def fingerprint(
         digest = (known or {}).get(state)
         if digest is None:
             digest = _sha256(file.path)
-        entries.append({"key": file.key, "source": file.name, "bytes": state.bytes, "sha256": digest})
+        partition = {"partition": dict(file.partition)} if file.partition else {}
+        entries.append({"key": file.key, "source": file.name, "bytes": state.bytes, "sha256": digest, **partition})
     return entries
 
 
@@ -96,4 +103,4 @@ def _sha256(path: Path) -> str:
 
 def _state(file: SourceFile) -> FileState:
     found = file.path.stat()
-    return FileState(name=file.name, bytes=found.st_size, modified_ns=found.st_mtime_ns)
+    return FileState(name=file.name, bytes=found.st_size, modified_ns=found.st_mtime_ns, partition=file.partition)

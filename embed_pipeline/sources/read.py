@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,14 @@ from embed_pipeline.errors import ConfigurationError, SourceError
 from embed_pipeline.losses import EXAMPLE_KINDS
 from embed_pipeline.settings import EncodingSettings, SourceSettings
 from embed_pipeline.sources import flag_embedding
-from embed_pipeline.sources.check import Key, NotRead, SourceFile, find_files, folder_values
+from embed_pipeline.sources.check import Key, NotRead, SourceFile, find_files
 from embed_pipeline.sources.columns import (
     Column,
     as_further_negatives,
     as_triplets,
     match_columns,
     negative_columns,
+    the_one_alike,
     wanted_columns,
 )
 from embed_pipeline.tables import RAW, RAW_EXAMPLES, RAW_EXAMPLES_FILE, RAW_FILE, connect, write_stream
@@ -44,9 +47,8 @@ class ReadFile(BaseModel):
     columns: dict[str, str]
     relevance: float | None = None  # of all its rows, where no column gives it
     prompt: str | None = None  # that its lines carry (flag-embedding)
-    folders: dict[
-        str, str | None
-    ] = {}  # our column -> what a folder `key=value` says for all rows, where no column does
+    # Our column -> what a folder `key=value` or a Delta log says for all rows, where no column does.
+    folders: dict[str, str | None] = {}
 
 
 class SourceReport(BaseModel):
@@ -78,7 +80,8 @@ def read_sources(settings: SourceSettings, yaml_folder: Path, out: Path) -> Sour
     A row has one text that is judged, so what comes with several is several rows: the negatives of a triplets file
     besides the first have `FILE#COLUMN` as their source, the texts of a FlagEmbedding line `FILE#pos[0]`, `FILE#neg[2]`
     (rows are lines from 0, those without anything on them not counted). A column that a file lacks is taken from a
-    folder `key=value` in its name; the file's own column goes before it.
+    folder `key=value` in its name. The file's own column takes precedence over that, and the log of a Delta table over
+    both.
 
     What the YAML names and is not read, such as a file without rows beside others, is told in the report and logged.
     Files are streamed through DuckDB. Raises ConfigurationError where a path matches nothing, SourceError naming file
@@ -145,8 +148,11 @@ def _inspect(connection: duckdb.DuckDBPyConnection, settings: SourceSettings, fi
 def _parts(connection: duckdb.DuckDBPyConnection, settings: SourceSettings, file: SourceFile) -> list[_Part]:
     if settings.kind == "flag-embedding" and file.key == "path":
         found = flag_embedding.describe(connection, file.path, _exactly(file))
-        told_by_folders = folder_values(file.name)
-        split = {"split": told_by_folders["split"]} if "split" in told_by_folders else {}
+        values = file.values()
+        key = the_one_alike(
+            file, Column("split", "split", "text", False, f"{settings.where}.columns.split"), values, _VALUES
+        )
+        split = {"split": values[key]} if key is not None else {}
         told = ReadFile(
             source=file.name, kind="pair", rows=found.rows, columns=found.columns, prompt=found.prompt, folders=split
         )
@@ -174,11 +180,18 @@ def _part(
     wanted: list[Column],
     relevance: float | None = None,
 ) -> _Part:
-    told = folder_values(file.name)
-    for key in sorted(told.keys() & delivered.keys() & {column.theirs for column in wanted}):
-        logger.warning("%s: its column '%s' goes before the folder %s=%s", file.name, key, key, told[key])
-    folders = {column.ours: told[column.theirs] for column in wanted if column.theirs in told.keys() - delivered.keys()}
-    _refuse_folders_without_numbers(file, wanted, folders)
+    values = file.values()
+    folders: dict[str, str | None] = {}
+    for column in wanted:
+        key = the_one_alike(file, column, values, _VALUES)
+        if key is None:
+            continue
+        own = column.theirs if column.theirs in delivered else the_one_alike(file, column, delivered, "columns")
+        if own is None or key in dict(file.partition):
+            folders[column.ours] = values[key]
+            _refuse_what_is_no_number(file, column, key, values[key])
+        else:
+            logger.warning("%s: its column '%s' takes precedence over %s=%s", file.name, own, key, values[key])
     wanted = [column for column in wanted if column.ours not in folders]
     described = ReadFile(
         source=source,
@@ -191,19 +204,19 @@ def _part(
     return _Part(file, described, wanted, NUMBERS in {name.lower() for name in delivered})
 
 
-def _refuse_folders_without_numbers(
-    file: SourceFile, wanted: Sequence[Column], folders: Mapping[str, str | None]
-) -> None:
-    for column in wanted:
-        value = folders.get(column.ours)
-        if column.holds == "number" and value is not None:
-            try:
-                float(value)
-            except ValueError as error:
-                raise SourceError(
-                    f"{file.path}: the file has no column '{column.theirs}' ({column.setting}), and the folder "
-                    f"{column.theirs}={value} is no number"
-                ) from error
+_VALUES = "folders (or partitions of a Delta table)"
+# As DuckDB reads it; Python would also take digits of other scripts and words such as `nan`.
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
+
+
+def _refuse_what_is_no_number(file: SourceFile, column: Column, key: str, value: str | None) -> None:
+    if column.holds != "number" or value is None:
+        return
+    if not _NUMBER.fullmatch(value) or not math.isfinite(float(value)):
+        raise SourceError(
+            f"{file.path}: the file has no column '{column.theirs}' ({column.setting}), and {key}={value} in place of "
+            f"it is no number. Give it digits 0 to 9, such as {key}=1, or write the column into the file"
+        )
 
 
 def _describe(connection: duckdb.DuckDBPyConnection, file: SourceFile) -> tuple[dict[str, str], int]:

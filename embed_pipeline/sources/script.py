@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -16,15 +16,15 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from embed_pipeline.disk import plain_disk_errors
 from embed_pipeline.errors import ConfigurationError, SourceError
 from embed_pipeline.settings import SourceSettings
+from embed_pipeline.sources.check import is_unicode
 
 logger = logging.getLogger(__name__)
 
 STDERR_LINES = 20
 SHOWN = 5
-# Hidden, so that no pattern reads it. It goes with the folder when that is moved or copied.
-MARKER = ".written-by-script.json"
 
 
 class _Written(BaseModel):
@@ -39,42 +39,55 @@ class _Written(BaseModel):
     sha256: str  # of the content; of a link, of where it leads to
 
 
-class _Marker(BaseModel):
-    """What a script wrote into the folder that holds the marker: this may be deleted, and nothing else."""
+class _List(BaseModel):
+    """What a script wrote into a folder: this may be deleted from it, and nothing else.
+
+    It is kept in the store. In the folder it could be delivered with the data, and tell what to delete.
+    """
 
     model_config = ConfigDict(frozen=True)
 
-    script: str  # relative to the folder, so that both can be moved together
+    folder: str
+    script: str
     written: tuple[_Written, ...]
 
 
-def run_scripts(sources: Sequence[SourceSettings], yaml_folder: Path) -> None:
+def run_scripts(sources: Sequence[SourceSettings], yaml_folder: Path, lists: Path) -> None:
     """`run_script` for each source; one script that builds the same folder for several runs once."""
     built: set[Path] = set()
     for source in sources:
         output = (yaml_folder / source.script_output).resolve() if source.script_output is not None else None
         if output is not None and output not in built:
             built.add(output)
-            run_script(source, yaml_folder)
+            run_script(source, yaml_folder, lists)
 
 
-def run_script(settings: SourceSettings, yaml_folder: Path) -> None:
+def run_script(settings: SourceSettings, yaml_folder: Path, lists: Path) -> None:
     """Run `python script OUTPUT_FOLDER` with this Python, if the source has a script; what it prints is shown.
 
     The script gets an empty folder, which takes the place of `script_output` once it has succeeded: what an older run
     wrote is gone then, and until then it stays as it is. Only what this script wrote, and nobody changed since, is ever
-    deleted; a file in the folder, `.written-by-script.json`, lists it.
+    deleted; `lists`, a folder of the store, holds a list of it for each folder.
 
-    Raises ConfigurationError when `script_output` holds anything else, SourceError when the script fails (with its exit
-    code and the last lines of stderr), writes nothing, or its folder cannot take that place.
+    Raises ConfigurationError when `script_output` holds anything else or lies in the store, SourceError when the script
+    fails (with its exit code and the last lines of stderr), writes nothing, or its folder cannot take that place.
     """
     if settings.script is None or settings.script_output is None:
         return
-    script = yaml_folder / settings.script
+    script = (yaml_folder / settings.script).resolve()
     # A link stays, and the folder it leads to is replaced.
     output = (yaml_folder / settings.script_output).resolve()
-    _refuse_shared_folder(settings.where, output, script, yaml_folder)
-    _refuse_foreign_files(settings.where, output, output, script)
+    store = lists.resolve().parent
+    if output.is_relative_to(store):
+        raise ConfigurationError(
+            f"{settings.where}.script_output: {output} lies in the store {store}, which holds versions and no raw "
+            "files. Name a folder elsewhere"
+        )
+    _refuse_shared_folder(
+        settings.where, output, {"the YAML file": yaml_folder, "the script": script, "the store": store}
+    )
+    own = lists / f"{hashlib.sha256(os.fsencode(output)).hexdigest()}.json"
+    _refuse_foreign_files(settings.where, output, output, script, own)
     # Hidden, so that no pattern finds its files, and on the same disk, so that it can be renamed.
     fresh = _beside(output)
     try:
@@ -86,14 +99,14 @@ def run_script(settings: SourceSettings, yaml_folder: Path) -> None:
         ) from error
     try:
         _run(settings.where, script, fresh, output)
-        _mark(fresh, output, script)
-        _put_in_place(settings.where, fresh, output, script)
+        written = tuple(_written(path, fresh) for path in sorted(_files_in(fresh)))
+        _put_in_place(settings.where, fresh, output, script, written, own)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _refuse_shared_folder(where: str, output: Path, script: Path, yaml_folder: Path) -> None:
-    for what, place in (("the YAML file", yaml_folder), ("the script", script)):
+def _refuse_shared_folder(where: str, output: Path, others: Mapping[str, Path]) -> None:
+    for what, place in others.items():
         if place.resolve().is_relative_to(output):
             raise ConfigurationError(
                 f"{where}.script_output: {output} holds {what}, and all of the folder is replaced by what the script "
@@ -106,44 +119,47 @@ def _refuse_shared_folder(where: str, output: Path, script: Path, yaml_folder: P
         )
 
 
-def _refuse_foreign_files(where: str, folder: Path, output: Path, script: Path) -> None:
+def _refuse_foreign_files(where: str, folder: Path, output: Path, script: Path, own: Path) -> None:
     """`folder` is `output` or what stood there; it may hold what `script` wrote there before, and nothing else."""
-    marker = _read_marker(folder)
-    ours = _relative(script, output)
-    if marker is not None and marker.script != ours:
+    known = _read_list(own, output)
+    files = [*_files_in(folder)]
+    if files and known is not None and known.script != str(script):
         raise ConfigurationError(
-            f"{where}.script_output: {output} was built by another script, {marker.script} (seen from there), and "
-            f"{ours} would replace it. Name a folder of its own. If the other script is no longer used, delete "
-            f"{output}; nothing was deleted"
+            f"{where}.script_output: {output} was built by another script, {known.script}, and {script} would replace "
+            f"it. Name a folder of its own. If the other script is no longer used, delete {output}; nothing was deleted"
         )
-    foreign = sorted(_foreign(folder, marker))
+    ours = {*_ours(files, folder, known)}
+    foreign = sorted(path.relative_to(folder).as_posix() for path in files if path not in ours)
     if foreign:
-        names = ", ".join(foreign[:SHOWN]) + (f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else "")
+        names = ", ".join(ascii(name) if not name.isprintable() else name for name in foreign[:SHOWN])
+        names += f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
         raise ConfigurationError(
-            f"{where}.script_output: {output} holds {len(foreign)} file(s) that {script.name} did not write, or that "
-            f"were changed since: {names}. All of the folder is replaced by what the script writes, so they would be "
-            "lost. Nothing was deleted. Name a folder of its own, or move these files elsewhere; what can be built "
-            "again may be deleted"
+            f"{where}.script_output: {output} holds {len(foreign)} file(s) that {script.name} did not write for this "
+            f"store, or that were changed since: {names}. All of the folder is replaced by what the script writes, so "
+            "they would be lost. Nothing was deleted. Name a folder of its own, or move these files elsewhere; what "
+            "can be built again may be deleted"
         )
 
 
-def _foreign(folder: Path, marker: _Marker | None) -> Iterator[str]:
-    known = {written.name: written for written in marker.written} if marker is not None else {}
-    for path in _files_in(folder):
-        name = path.relative_to(folder).as_posix()
-        if name not in known or not _as_written(path, known[name]):
-            yield name
+def _ours(files: Sequence[Path], folder: Path, known: _List | None) -> Iterator[Path]:
+    """Those of the files in `folder` that are as the list says."""
+    listed: dict[str, list[_Written]] = {}
+    for written in known.written if known is not None else ():
+        listed.setdefault(written.name, []).append(written)
+    for path in files:
+        if any(_as_written(path, written) for written in listed.get(path.relative_to(folder).as_posix(), ())):
+            yield path
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    """All that is no folder, below `folder`, but for the marker. Raises SourceError where a folder cannot be read."""
+    """All that is no folder, below `folder`. Raises SourceError where a folder cannot be read."""
 
     def fail(error: OSError) -> None:
         raise SourceError(f"{error.filename} cannot be looked into: {error.strerror}") from error
 
     for place, folders, files in os.walk(folder, onerror=fail) if folder.is_dir() else ():
         linked = [name for name in folders if Path(place, name).is_symlink()]
-        yield from (path for name in (*files, *linked) if (path := Path(place, name)) != folder / MARKER)
+        yield from (Path(place, name) for name in (*files, *linked))
 
 
 def _as_written(path: Path, written: _Written) -> bool:
@@ -156,6 +172,9 @@ def _as_written(path: Path, written: _Written) -> bool:
 
 def _written(path: Path, folder: Path) -> _Written:
     found = path.lstat()
+    name = path.relative_to(folder).as_posix()
+    if not is_unicode(name):
+        raise SourceError(f"{path.parent} has a file whose name is not UTF-8: {path.name!a}. Let the script name it so")
     if path.is_symlink():
         what, digest = "link", hashlib.sha256(os.fsencode(path.readlink())).hexdigest()
     elif path.is_file():
@@ -164,7 +183,7 @@ def _written(path: Path, folder: Path) -> _Written:
     else:
         raise SourceError(f"{path} is no file, folder or link. Let the script write files")
     return _Written(
-        name=path.relative_to(folder).as_posix(),
+        name=name,
         what=what,
         bytes=found.st_size,
         modified_ns=found.st_mtime_ns,
@@ -172,23 +191,24 @@ def _written(path: Path, folder: Path) -> _Written:
     )
 
 
-def _mark(fresh: Path, output: Path, script: Path) -> None:
-    written = tuple(_written(path, fresh) for path in sorted(_files_in(fresh)))
-    (fresh / MARKER).write_text(
-        _Marker(script=_relative(script, output), written=written).model_dump_json(indent=2) + "\n", encoding="utf-8"
-    )
-
-
-def _read_marker(folder: Path) -> _Marker | None:
+def _read_list(own: Path, output: Path) -> _List | None:
     """None where there is none, or none that can be understood: then nothing in the folder is known to be ours."""
     try:
-        return _Marker.model_validate_json((folder / MARKER).read_bytes())
+        found = _List.model_validate_json(own.read_bytes())
     except (OSError, ValidationError):
         return None
+    return found if found.folder == str(output) else None
 
 
-def _relative(script: Path, output: Path) -> str:
-    return Path(os.path.relpath(script.resolve(), output)).as_posix()
+def _write_list(own: Path, told: _List) -> None:
+    with plain_disk_errors(own.parent):
+        own.parent.mkdir(parents=True, exist_ok=True)
+        partial = own.with_name(f".{own.name}-{uuid4().hex[:12]}")
+        try:
+            partial.write_text(told.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            partial.replace(own)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _run(where: str, script: Path, fresh: Path, output: Path) -> None:
@@ -208,13 +228,18 @@ def _run(where: str, script: Path, fresh: Path, output: Path) -> None:
         )
 
 
-def _put_in_place(where: str, fresh: Path, output: Path, script: Path) -> None:
+def _put_in_place(
+    where: str, fresh: Path, output: Path, script: Path, written: tuple[_Written, ...], own: Path
+) -> None:
     old = _beside(output)
     try:
         with suppress(FileNotFoundError):
             output.rename(old)
         # The script may have run for hours: what came meanwhile is not ours to delete either.
-        _refuse_foreign_files(where, old, output, script)
+        _refuse_foreign_files(where, old, output, script, own)
+        before = known.written if old.exists() and (known := _read_list(own, output)) is not None else ()
+        # Both are listed while either may lie there: this process can be killed at any moment.
+        _write_list(own, _List(folder=str(output), script=str(script), written=(*before, *written)))
         fresh.rename(output)
     except OSError as error:
         raise SourceError(
@@ -225,16 +250,15 @@ def _put_in_place(where: str, fresh: Path, output: Path, script: Path) -> None:
         if old.exists() and not output.exists():
             old.rename(output)
         elif old.exists():
-            _delete_written(old)
+            _delete_ours(old, _read_list(own, output))
+    _write_list(own, _List(folder=str(output), script=str(script), written=written))
 
 
-def _delete_written(old: Path) -> None:
-    marker = _read_marker(old)
-    for written in marker.written if marker is not None else ():
+def _delete_ours(old: Path, known: _List | None) -> None:
+    # What is found there is compared with the list: a name in a list is never a place to delete from.
+    for path in _ours([*_files_in(old)], old, known):
         with suppress(OSError):
-            (old / written.name).unlink()
-    with suppress(OSError):
-        (old / MARKER).unlink()
+            path.unlink()
     for place, _, _ in os.walk(old, topdown=False):
         with suppress(OSError):  # not empty
             Path(place).rmdir()

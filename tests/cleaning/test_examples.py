@@ -124,6 +124,19 @@ BAD = {
         [{"sentence1": A, "sentence2": B, "label": "yes"}, {"sentence1": B, "sentence2": A, "label": "no"}],
         {},
     ),
+    "alike and not, the other way round": (
+        "labelled",
+        [
+            {"sentence1": A, "sentence2": B, "label": "1"},
+            {"sentence1": B, "sentence2": "a man IS eating", "label": "0"},
+        ],
+        {0: "contradiction", 1: "contradiction"},
+    ),
+    "alike in both orders": (
+        "labelled",
+        [{"sentence1": A, "sentence2": B, "label": "1"}, {"sentence1": B, "sentence2": A, "label": "1"}],
+        {},
+    ),
     "two translations": ("parallel", [{"sentence1": A, "sentence2": B}, {"sentence1": A, "sentence2": "Man isst"}], {}),
 }
 
@@ -131,7 +144,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_rows(case: str) -> None:
     kind, rows, expected = BAD[case]
-    sound = classes() if kind == "labelled" else pairs()
+    names = ("0", "1") if case.startswith("alike") else ("yes", "no")
+    sound = classes(names=names) if kind == "labelled" else pairs()
     result = cleaned([*rows, *sound], kind, cleaning={"passage_max_characters": 200})
     assert (result.reasons, result.violations) == (expected, [])
 
@@ -304,6 +318,20 @@ def test_classes() -> None:
         cleaned(classes(names=("yes",)), "labelled")
     with pytest.raises(CleaningError, match=r"positive_label: .* found 'maybe'\. The classes are: no, yes"):
         cleaned(classes(), "labelled", positive_label="maybe")
+
+
+def test_a_positive_label_makes_classes_hold_in_both_orders() -> None:
+    rows = [{"sentence1": A, "sentence2": B, "label": "yes"}, {"sentence1": B, "sentence2": A, "label": "no"}]
+    result = cleaned([*rows, *classes()], "labelled", positive_label="yes")
+    assert result.reasons == {0: "contradiction", 1: "contradiction"}
+
+
+@pytest.mark.parametrize("names", [("0", "1"), ("false", "true"), ("no", "yes"), ("No", "YES")])
+@pytest.mark.parametrize("written", ["1", "true", "yes", "'1'", "'true'", "'yes'", "0", "false", "no"])
+def test_a_positive_label_as_yaml_reads_it(names: tuple[str, str], written: str) -> None:
+    result = cleaned(classes(names=names), "labelled", positive_label=yaml.safe_load(written))
+    meant = names[0] if written in ("0", "false", "no") else names[1]
+    assert {row["label"] for row in result.examples if row["score"] == 1.0} == {meant}
 
 
 def test_verify_sees_each_broken_promise(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from embed_pipeline.errors import ConfigurationError, SourceError
 from embed_pipeline.settings import SourceSettings
 from embed_pipeline.sources.check import find_files
-from embed_pipeline.sources.fingerprint import fingerprint, look
+from embed_pipeline.sources.fingerprint import content_digest, fingerprint, look, state_digest
 from embed_pipeline.sources.read import SourceReport, read_sources
 from embed_pipeline.tables import RAW_EXAMPLES_FILE, RAW_FILE
 
@@ -47,7 +47,7 @@ def test_a_files_own_columns_go_before_its_folders(tmp_path: Path, parquet: Writ
     parquet("raw/query=zzz/split=train/relevance=9/document_id=x/a.parquet", **own)
     rows, _ = read(tmp_path, path="raw")
     assert rows["a?"] | {"split": "dev", "relevance": 0.5, "document_id": "d", "passage": "a"} == rows["a?"]
-    assert "its column 'split' goes before the folder split=train" in caplog.text
+    assert "its column 'split' takes precedence over split=train" in caplog.text
 
 
 def test_folders_above_the_yaml_say_nothing(tmp_path: Path, parquet: Write) -> None:
@@ -74,13 +74,71 @@ def test_a_score_from_a_folder_must_be_a_number(tmp_path: Path, parquet: Write) 
     parquet("raw/score=0.5/a.parquet", sentence1=["a"], sentence2=["b"])
     rows, _ = read(tmp_path, kind="scored", path="raw")
     assert rows["a"]["score"] == 0.5
-    parquet("raw/score=high/a.parquet", sentence1=["a"], sentence2=["b"])
-    with pytest.raises(SourceError, match=r"has no column 'score' .*and the folder score=high is no number"):
+    parquet("raw/score=-1e-3/a.parquet", sentence1=["c"], sentence2=["b"])
+    rows, _ = read(tmp_path, kind="scored", path="raw")
+    assert rows["c"]["score"] == -0.001
+
+
+@pytest.mark.parametrize("value", ["high", "\u0661", "1_0", "0x10", "nan", "inf", "1e999", ""])
+def test_a_folder_without_a_number(tmp_path: Path, parquet: Write, value: str) -> None:
+    parquet(f"raw/score={value}/a.parquet", sentence1=["a"], sentence2=["b"])
+    with pytest.raises(
+        SourceError, match=rf"no column 'score' .* and score={value} in place of it is no number\. Give"
+    ):
         read(tmp_path, kind="scored", path="raw")
 
 
-def test_folders_of_jsonl(tmp_path: Path) -> None:
-    place = tmp_path / "raw" / "query=z" / "split=test"
+@pytest.mark.parametrize("name", ["Split", "SPLIT", " split", "split\u200b"])
+def test_an_optional_column_is_found_whatever_its_letter_case(
+    tmp_path: Path, parquet: Write, name: str, caplog: Any
+) -> None:
+    parquet("raw/a.parquet", **pair("a"), **{name: ["test"]})
+    parquet(f"folders/{name}=dev/a.parquet", **pair("b"))
+    rows, _ = read(tmp_path, path="raw")
+    assert rows["a?"]["split"] == "test"
+    assert f"its column {name!a} is read as 'split' (source.columns.split)" in caplog.text
+    rows, _ = read(tmp_path, path="folders")
+    assert rows["b?"]["split"] == "dev"
+
+
+def test_all_optional_columns_are_found_whatever_their_letter_case(tmp_path: Path, parquet: Write) -> None:
+    optional = {"Title": ["t"], "Document_ID": ["d"], "PASSAGE_ID": ["p"], "Query_Id": ["q"], "Relevance": [2.0]}
+    parquet("raw/a.parquet", **pair("a"), **optional)
+    rows, _ = read(tmp_path, path="raw")
+    assert rows["a?"] | {name.lower(): value for name, (value,) in optional.items()} == rows["a?"]
+
+
+def test_numbered_negatives_are_found_whatever_their_letter_case(tmp_path: Path, parquet: Write) -> None:
+    parquet("raw/a.parquet", query=["a?"], positive=["a"], negative=["b"], Negative_2=["c"])
+    read_sources(SourceSettings(kind="triplets", path="raw"), tmp_path, tmp_path)
+    table = pq.read_table(tmp_path / RAW_FILE).to_pylist()
+    assert {row["passage"] for row in table if row["kind"] == "pair"} == {"c"}
+
+
+def test_the_exact_name_takes_precedence_over_one_that_looks_alike(tmp_path: Path, parquet: Write) -> None:
+    parquet("raw/a.parquet", **pair("a"), **{"split": ["test"], "Split ": ["other"]})
+    assert read(tmp_path, path="raw")[0]["a?"]["split"] == "test"
+
+
+def test_two_names_that_can_be_meant_are_refused(tmp_path: Path, parquet: Write) -> None:
+    parquet("columns/a.parquet", **pair("a"), **{"Split": ["test"], "split ": ["dev"]})
+    with pytest.raises(
+        SourceError, match=r"the columns 'Split' and 'split ' can both be meant by 'split' \(source\.col"
+    ):
+        read(tmp_path, path="columns")
+    parquet("folders/Split=test/split=train/a.parquet", **pair("a"))
+    with pytest.raises(SourceError, match=r"the folders .*'Split' and 'split' can both be meant by 'split'"):
+        read(tmp_path, path="folders")
+
+
+def test_a_column_in_another_letter_case_takes_precedence_over_a_folder(tmp_path: Path, parquet: Write) -> None:
+    parquet("raw/SPLIT=test/a.parquet", **pair("a"), Split=["dev"])
+    assert read(tmp_path, path="raw")[0]["a?"]["split"] == "dev"
+
+
+@pytest.mark.parametrize("split", ["split", "Split"])
+def test_folders_of_jsonl(tmp_path: Path, split: str) -> None:
+    place = tmp_path / "raw" / "query=z" / f"{split}=test"
     place.mkdir(parents=True)
     (place / "a.jsonl").write_text('{"query": "q", "pos": ["p"]}\n')
     rows, _ = read(tmp_path, kind="flag-embedding", path="raw")
@@ -199,7 +257,7 @@ class Delta:
         self.table, self.parquet, self.version = table, parquet, -1
         (table / "_delta_log").mkdir(parents=True)
 
-    def commit(self, *actions: dict[str, Any]) -> None:
+    def commit(self, *actions: Any) -> None:
         self.version += 1
         log = self.table / "_delta_log" / f"{self.version:020d}.json"
         log.write_text("".join(json.dumps(action) + "\n" for action in ({"commitInfo": {}}, *actions)))
@@ -208,12 +266,14 @@ class Delta:
         self.parquet(f"{self.table.name}/{text}.parquet", **pair(text), **columns)
         return {"add": {"path": f"{text}.parquet", "size": 1, "dataChange": True}}
 
-    def checkpoint(self, *files: str) -> None:
-        rows = [{"add": {"path": f"{name}.parquet"}, "metaData": None} for name in files]
+    def checkpoint(self, *files: str, partition: list[tuple[str, str | None]] | None = None) -> None:
+        rows: list[dict[str, Any]] = [
+            {"add": {"path": f"{name}.parquet", "partitionValues": partition}, "metaData": None} for name in files
+        ]
         rows.append({"add": None, "metaData": {"configuration": [("delta.appendOnly", "false")]}})
         schema = pa.schema(
             {
-                "add": pa.struct({"path": pa.string()}),
+                "add": pa.struct({"path": pa.string(), "partitionValues": pa.map_(pa.string(), pa.string())}),
                 "metaData": pa.struct({"configuration": pa.map_(pa.string(), pa.string())}),
             }
         )
@@ -250,6 +310,40 @@ def test_a_partitioned_delta_table(tmp_path: Path, table: Delta, parquet: Write)
     assert read(tmp_path, path="table")[0]["a?"]["split"] == "test"
 
 
+@pytest.mark.parametrize("path", ["table", "table/*.parquet", "table/new.parquet"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_log_tells_the_partition_wherever_the_file_lies(
+    tmp_path: Path, table: Delta, path: str, checkpoint: bool
+) -> None:
+    table.commit({"add": {"path": "new.parquet", "partitionValues": {"split": "test", "title": ""}}})
+    if checkpoint:
+        table.checkpoint("kept", "new", partition=[("split", "test"), ("title", None)])
+    rows, _ = read(tmp_path, path=path)
+    assert (rows["new?"]["split"], rows["new?"]["title"]) == ("test", None)
+
+
+@pytest.mark.parametrize("folder", ["split=train", "Split=train"])
+def test_the_log_takes_precedence_over_folders_and_columns(
+    tmp_path: Path, table: Delta, parquet: Write, folder: str
+) -> None:
+    parquet(f"table/{folder}/a.parquet", **pair("a"))
+    parquet(f"table/{folder}/b.parquet", **pair("b"), split=["dev"])
+    values = {"partitionValues": {"split": "test"}}
+    table.commit(*({"add": {"path": f"{folder}/{name}.parquet", **values}} for name in "ab"))
+    rows, _ = read(tmp_path, path="table")
+    assert (rows["a?"]["split"], rows["b?"]["split"]) == ("test", "test")
+
+
+def test_other_values_in_the_log_are_another_content(tmp_path: Path, table: Delta) -> None:
+    source = SourceSettings(path="table")
+    digests, states = set(), set()
+    for split in (None, "test", "dev"):
+        table.commit({"add": {"path": "new.parquet", "partitionValues": {"split": split}}})
+        digests.add(content_digest(fingerprint([source], tmp_path)))
+        states.add(state_digest(look([source], tmp_path)))
+    assert len(digests) == len(states) == 3
+
+
 BROKEN: dict[str, tuple[Callable[[Delta], Any], str]] = {
     "deletion vector": (
         lambda t: t.commit({"add": {"path": "kept.parquet", "deletionVector": {"storageType": "u"}}}),
@@ -261,6 +355,26 @@ BROKEN: dict[str, tuple[Callable[[Delta], Any], str]] = {
     ),
     "file gone": (lambda t: (t.table / "new.parquet").unlink(), "names new.parquet, which is not there"),
     "file elsewhere": (lambda t: t.commit({"add": {"path": "s3://bucket/a.parquet"}}), "has files elsewhere"),
+    "file above": (lambda t: t.commit({"add": {"path": "../out/a.parquet"}}), r"has files elsewhere \(\.\./out"),
+    "file above, encoded": (lambda t: t.commit({"add": {"path": "%2E%2E/a.parquet"}}), "has files elsewhere"),
+    "absolute, encoded": (lambda t: t.commit({"add": {"path": "%2Ftmp/a.parquet"}}), "has files elsewhere"),
+    **{
+        f"entry {entry}": (
+            lambda t, entry=entry: t.commit(entry),
+            r"table cannot be read: it has the entry .*, which is not as Delta's protocol says",
+        )
+        for entry in (
+            {"add": ["a.parquet"]},
+            {"add": {"path": 5}},
+            {"add": {}},
+            {"add": {"path": "kept.parquet", "partitionValues": {"split": 5}}},
+            {"add": {"path": "kept.parquet", "partitionValues": "split"}},
+            {"remove": "a"},
+            {"metaData": {"configuration": 3}},
+            [1],
+            7,
+        )
+    },
     "commit gone": (lambda t: (t.table / "_delta_log" / f"{0:020d}.json").unlink(), "lacks commits"),
     "commit damaged": (
         lambda t: (t.table / "_delta_log" / f"{1:020d}.json").write_text('{"add"'),
