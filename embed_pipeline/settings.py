@@ -474,8 +474,9 @@ class CleaningSettings(Settings):
     )
     max_missing_answers: Share = Field(
         0.05,
-        description="the share of a split's answers, and of its questions, that may be lost because a text is nowhere "
-        "or empty; above it nothing is published",
+        description="the share of the answers, and of the questions, of a delivered dev or test split that may be lost "
+        "because a text is missing or empty, and of any split's judgements that may name ids which do not exist; above "
+        "it nothing is published",
     )
     near_duplicates: NearDuplicateSettings = NearDuplicateSettings()
     split: SplitSettings = SplitSettings()

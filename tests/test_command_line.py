@@ -219,7 +219,7 @@ def test_a_report_of_files_that_were_changed_is_not_shown(in_service: Workshop, 
     assert told.exit_code == 1
     assert str(path) in told.output
     assert f"support/evaluation version {evaluation.version}" in told.output
-    assert "materialize the asset again" in told.output
+    assert "Materialize evaluation again" in told.output
 
 
 def test_hard_negatives_of_changed_files_are_not_exported(store: PipelineStore, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Answers that were promised and are not there: qrels that point nowhere, a truncated corpus, test pairs left empty.
 
 A question that lost its answer leaves the measurement, and the figures of what is left look the same, or better. A
-pair without a passage promises nothing, unless it was delivered as one of dev's or test's.
+pair without its passage or its query promises nothing, unless it was delivered as one of dev's or test's.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def look_for_answers(connection: duckdb.DuckDBPyConnection) -> dict[str, Answers
         f"""CREATE TABLE promised AS
             SELECT row, coalesce(query_id, query, row::VARCHAR) AS asked, split,
                 CASE kind WHEN 'judgement' THEN coalesce(reason IN {_POINTS_NOWHERE}, false)
-                    ELSE passage IS NULL END AS is_missing
+                    ELSE query IS NULL OR passage IS NULL END AS is_missing
             FROM rows LEFT JOIN rejections USING (row)
             WHERE coalesce(relevance > 0 AND isfinite(relevance), kind <> 'judgement') AND (
-                kind = 'judgement' OR kind IN ('pair', 'triplet') AND query IS NOT NULL AND split IN ('dev', 'test'))"""
+                kind = 'judgement' OR kind IN ('pair', 'triplet') AND split IN ('dev', 'test'))"""
     )
     found = connection.execute(
         """WITH questions AS (

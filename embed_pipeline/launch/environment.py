@@ -59,6 +59,8 @@ PASSED_ON = (
     # Ours.
     *("EMBED_PIPELINE_STORE", "EMBED_PIPELINE_DEFS", "EMBED_PIPELINE_SMOKE_TEST", "DAGSTER_HOME"),
 )
+# What torch sets by itself in the process of a step: nobody is told of it.
+_OF_TORCH = ("KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR")
 # Within those: another program's run, which this job is no part of.
 _NOT_PASSED_ON = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "SBATCH_EXPORT")
 # What a launcher sets, and no surrounding program may.
@@ -148,13 +150,13 @@ def _one_of(name: str, patterns: Iterable[str]) -> bool:
 def _tell(left_out: Iterable[str]) -> None:
     steering: list[str] = []
     others: list[str] = []
-    for name in sorted(left_out):
+    for name in sorted(set(left_out) - set(_OF_TORCH)):
         # Images of containers say so what is installed in them.
         is_label = name.endswith("_VERSION")
         (steering if _one_of(name, STEERING) and not is_label else others).append(name)
     if steering:
         logger.warning(
-            "not passed on, because it would change what is computed: %s. What a job does stands in the YAML alone",
+            "ignored from the environment, because it could change what is computed: %s. Set it in the YAML instead",
             ", ".join(steering),
         )
     if others:

@@ -220,7 +220,7 @@ def check_copies(store: PipelineStore, candidate: Candidate) -> None:
     served, published = pointer(store) / SERVING_FILE, candidate.reranker.path / SERVING_FILE
     if not served.is_file() or served.read_bytes() != published.read_bytes():
         raise ArtifactError(
-            f"{served} is not the one that {candidate.reranker.title} was published with: the final score would be "
+            f"{served} is not the one that {store.pipeline}/reranker {candidate.reranker.version} was published with: the final score would be "
             f"blended by another weight. Copy {published} over it"
         )
 
