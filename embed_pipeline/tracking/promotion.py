@@ -220,8 +220,8 @@ def check_copies(store: PipelineStore, candidate: Candidate) -> None:
     served, published = pointer(store) / SERVING_FILE, candidate.reranker.path / SERVING_FILE
     if not served.is_file() or served.read_bytes() != published.read_bytes():
         raise ArtifactError(
-            f"{served} is not the one that {store.pipeline}/reranker {candidate.reranker.version} was published with: the final score would be "
-            f"blended by another weight. Copy {published} over it"
+            f"{served} is not the one that {store.pipeline}/reranker {candidate.reranker.version} was published with: "
+            f"the final score would be blended by another weight. Copy {published} over it"
         )
 
 
