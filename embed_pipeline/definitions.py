@@ -19,7 +19,15 @@ import dagster as dg
 from embed_pipeline.artifacts import local_folder
 from embed_pipeline.errors import ConfigurationError
 from embed_pipeline.orchestration.broken import Broken, placeholder
-from embed_pipeline.pipeline_file import Document, children_of, file_in, files_below, read_documents, same_names
+from embed_pipeline.pipeline_file import (
+    Document,
+    children_of,
+    file_in,
+    files_below,
+    links_back,
+    read_documents,
+    same_names,
+)
 
 # Dagster warns of its own use of a beta parameter, in every process, whenever an asset check is defined.
 warnings.filterwarnings("ignore", message="Parameter `execution_type`", category=dg.BetaWarning)
@@ -90,7 +98,13 @@ def _load(folders: list[Path], names: Mapping[Path, str] | None = None) -> _Load
         except Exception as error:  # also one that nobody foresaw: it is this file's alone
             problems[file] = Broken.by(file, error).reason
     problems |= same_names(read)
-    loaded = _Loaded([], [Broken(file, problems[file]) for file in files if file in problems], [])
+    problems |= {
+        link: f"{link} is a link to {link.resolve()}, which it lies in, so the search for pipelines would never end. "
+        "Remove the link"
+        for folder in folders
+        for link in links_back(folder)
+    }
+    loaded = _Loaded([], [Broken(file, reason) for file, reason in sorted(problems.items())], [])
     for number, folder in enumerate(folders):
         if not _holds_definitions(folder):
             logger.warning("no pipeline in %s: it holds no <pipeline>/defs.yaml", folder)

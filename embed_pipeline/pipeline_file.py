@@ -103,13 +103,30 @@ def files_below(folder: Path) -> Iterator[Path]:
             yield from files_below(child)
 
 
+def links_back(folder: Path) -> Iterator[Path]:
+    """Links below `folder`, outside of components, to a folder that they lie in: Dagster would follow them for ever."""
+    if file_in(folder) is None:
+        yield from (child for child in _entries(folder) if _leads_back(child))
+        for child in children_of(folder):
+            if child.is_dir():
+                yield from links_back(child)
+
+
 def children_of(folder: Path) -> list[Path]:
-    """What Dagster looks at in a folder, by name; nothing in one that cannot be read."""
+    """What Dagster looks at in a folder, by name; nothing in one that cannot be read, no link that leads back."""
+    return [child for child in _entries(folder) if not _leads_back(child)]
+
+
+def _entries(folder: Path) -> list[Path]:
     try:
         found = sorted(folder.iterdir())
     except OSError:
         return []
     return [child for child in found if not child.name.startswith(".") and child.name != "__pycache__"]
+
+
+def _leads_back(path: Path) -> bool:
+    return path.is_symlink() and path.is_dir() and path.parent.resolve().is_relative_to(path.resolve())
 
 
 def read_documents(file: Path) -> list[Document]:

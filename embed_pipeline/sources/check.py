@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -194,6 +195,7 @@ class _Search:
         self.where, self.suffix, self.yaml_folder, self.named = where, suffix, yaml_folder, named
         self.files: set[str] = set()
         self.passed_over: dict[str, str] = {}
+        self.searched: dict[Path, str] = {}  # a folder, links followed -> the name by which it was searched
 
     def take(self, name: str) -> None:
         """Something that a glob found."""
@@ -208,20 +210,25 @@ class _Search:
         else:
             self._take_file(PurePosixPath(name).as_posix(), named_by_pattern=True)
 
-    def below(self, name: str, above: tuple[Path, ...] = ()) -> None:
-        """A folder and all below it; `above` are the folders it was reached through."""
-        place = self.yaml_folder / name
-        real = place.resolve()
-        if real in above:  # a link that leads back
-            return
-        for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
-            child = (PurePosixPath(name) / entry.name).as_posix()
-            if not (self.yaml_folder / child).is_dir():
-                self._take_file(child)
-            elif self._is_aside(entry.name):
-                self._pass_over_folder(child)
-            else:
-                self.below(child, (*above, real))
+    def below(self, name: str) -> None:
+        """A folder and all below it, once by whatever links it is reached: they may lead back, or to each other."""
+        waiting = deque([name])
+        while waiting:
+            name = waiting.popleft()
+            place = self.yaml_folder / name
+            if (first := self.searched.setdefault(place.resolve(), name)) != name:
+                self.passed_over[name] = f"the same folder as {first}"
+                continue
+            for entry in os.scandir(place):
+                child = (PurePosixPath(name) / entry.name).as_posix()
+                if not (self.yaml_folder / child).is_dir():
+                    self._take_file(child)
+                elif self._is_aside(entry.name):
+                    self._pass_over_folder(child)
+                elif entry.is_symlink():  # after all others: a folder is known by its own name
+                    waiting.append(child)
+                else:
+                    waiting.appendleft(child)
 
     def current_files(self) -> dict[str, delta.Partition]:
         """`files` in order, without those that a Delta table has given up, and what its log says of the others."""

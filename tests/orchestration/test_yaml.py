@@ -286,6 +286,20 @@ def test_a_folder_that_is_not_there_leaves_the_others_alone(
     assert "EMBED_PIPELINE_DEFS names /no/such/folder, which is not a folder" in (spec.description or "")
 
 
+def test_links_that_lead_back_leave_the_pipelines_alone(
+    deployment: Callable[[str | bytes | None], dg.Definitions], tmp_path: Path
+) -> None:
+    data = tmp_path / "defs" / "data"
+    data.mkdir()
+    for name in ("first", "second"):
+        (data / name).symlink_to(data)
+    definitions = deployment(None)
+
+    assert {"small/embedder", "first/broken_yaml", "second/broken_yaml", "demo/embedder"} <= keys_of(definitions)
+    spec = definitions.get_assets_def(["first", "broken_yaml"]).get_asset_spec()
+    assert f"{data / 'first'} is a link to {data}, which it lies in" in (spec.description or "")
+
+
 def test_an_error_that_nobody_foresaw_is_that_of_one_file_alone(
     deployment: Callable[[str | bytes | None], dg.Definitions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -231,7 +231,21 @@ def test_links_that_lead_back_or_to_the_same_file(tmp_path: Path, parquet: Write
     (tmp_path / "raw" / "c.parquet").symlink_to("a.parquet")
     rows, not_read = read(tmp_path, path="raw")
     assert set(rows) == {"a?", "b?"}
-    assert not_read == {"raw/c.parquet": "the same file as raw/a.parquet"}
+    assert not_read == {"raw/c.parquet": "the same file as raw/a.parquet", "raw/loop": "the same folder as raw"}
+
+
+def test_folders_that_are_linked_to_each_other_are_searched_once(tmp_path: Path, parquet: Write) -> None:
+    """By every way through ten such folders, it would be millions."""
+    names = [f"{number}" for number in range(10)]
+    for name in names:
+        parquet(f"raw/{name}/a.parquet", **pair(name))
+    for name in names:
+        for other in set(names) - {name}:
+            (tmp_path / "raw" / name / f"to-{other}").symlink_to(tmp_path / "raw" / other)
+    rows, not_read = read(tmp_path, path="raw")
+    assert set(rows) == {f"{name}?" for name in names}
+    assert set(not_read.values()) == {f"the same folder as raw/{name}" for name in names}
+    assert len(not_read) == 90
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may look everywhere")
