@@ -39,11 +39,14 @@ def prepare(job: EmbedderJob, rank: Rank, sources: list[TrainingSource], work: P
     )
     set_up_for_training(model, settings, rank.device)
     rows = RowSettings(settings.train_group_size)
+    # The library warns of a process that is to gather and is alone.
+    gathers = settings.negatives_cross_device and rank.world_size > 1
+    of_losses = settings.model_copy(update={"negatives_cross_device": gathers})
 
     def make(source: TrainingSource) -> tuple[Dataset, nn.Module]:
         taught = _taught(job, rank, source, rows, work)
         loss = embedder_loss(
-            model, source, settings, guide=job.guides.get(source.name), trust_remote_code=job.trust_remote_code
+            model, source, of_losses, guide=job.guides.get(source.name), trust_remote_code=job.trust_remote_code
         )
         return data_set(source, rows, taught), loss
 
