@@ -14,7 +14,7 @@ from rich.table import Table
 
 from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_in, store_root
 from embed_pipeline.champions import Champion, Promotion, models_of, read_history, read_waiting
-from embed_pipeline.disk import plain_disk_errors
+from embed_pipeline.disk import plain_disk_errors, readable_size
 from embed_pipeline.errors import UserError
 from embed_pipeline.launch.nodes import NODES_FOLDER, join
 from embed_pipeline.libraries import COMPUTED, LIBRARIES_OF_MODELS, upgrades_since
@@ -79,7 +79,7 @@ def versions(pipeline: str | None) -> None:
             for artifact in store.versions(asset):
                 mark = "*" if artifact.version == current else " "
                 made = artifact.manifest.created_at[:16].replace("T", " ")
-                click.echo(f"{mark} {_title(artifact):<50} {made} UTC  {_size(artifact.size()):>7}")
+                click.echo(f"{mark} {_title(artifact):<50} {made} UTC  {readable_size(artifact.size()):>7}")
                 for name, version in artifact.manifest.inputs.items():
                     click.echo(f"      from {name} {version}")
         if (waits := read_waiting(store)) is not None:
@@ -269,7 +269,7 @@ def prune(pipeline: str, yes: bool) -> None:
         keep += waits.versions
     old = store.prunable(keep=keep)
     for artifact in old:
-        click.echo(f"{_verb(yes)} {_title(artifact)} ({_size(artifact.size())})")
+        click.echo(f"{_verb(yes)} {_title(artifact)} ({readable_size(artifact.size())})")
         if yes:
             store.remove(artifact)
     for folder in store.abandoned():
@@ -400,11 +400,3 @@ def _verb(really: bool) -> str:
 
 def _title(artifact: Artifact) -> str:
     return f"{artifact.manifest.pipeline}/{artifact.manifest.asset} {artifact.version}"
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

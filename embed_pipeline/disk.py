@@ -110,7 +110,7 @@ def _told(kind: _Kind, path: Path, store: Path, said: str) -> DiskError:
         temporary = Path(tempfile.gettempdir())
         return DiskError(
             f"{path}: {'the disk is full' if kind == 'full' else 'the disk quota is used up'} ({said}). Free: "
-            f"{_size(_free(store))} at {store}, {_size(_free(temporary))} at {temporary}, where temporary files lie. "
+            f"{readable_size(_free(store))} at {store}, {readable_size(_free(temporary))} at {temporary}, where temporary files lie. "
             "Free some space (`embed-pipeline prune PIPELINE` shows what the store can do without), or name "
             "another folder in EMBED_PIPELINE_STORE or TMPDIR. Nothing was published by halves; start the run again"
         )
@@ -132,7 +132,8 @@ def _free(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def _size(size: float) -> str:
+def readable_size(size: float) -> str:
+    """Bytes as people read them, in steps of a thousand."""
     for unit in ("B", "KB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}"
