@@ -110,7 +110,8 @@ def _told(kind: _Kind, path: Path, store: Path, said: str) -> DiskError:
         temporary = Path(tempfile.gettempdir())
         return DiskError(
             f"{path}: {'the disk is full' if kind == 'full' else 'the disk quota is used up'} ({said}). Free: "
-            f"{readable_size(_free(store))} at {store}, {readable_size(_free(temporary))} at {temporary}, where temporary files lie. "
+            f"{readable_size(_free(store))} at {store}, {readable_size(_free(temporary))} at {temporary}, "
+            "where temporary files lie. "
             "Free some space (`embed-pipeline prune PIPELINE` shows what the store can do without), or name "
             "another folder in EMBED_PIPELINE_STORE or TMPDIR. Nothing was published by halves; start the run again"
         )
