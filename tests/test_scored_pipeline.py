@@ -19,7 +19,7 @@ from embed_pipeline.command_line import main
 from embed_pipeline.errors import GateError
 from embed_pipeline.orchestration.checks import trained_on_no_held_out_question
 from embed_pipeline.retraining import retraining_due
-from embed_pipeline.settings import PipelineSettings
+from embed_pipeline.settings import ModelSource, PipelineSettings
 from embed_pipeline.stages import (
     Launch,
     Pipeline,
@@ -175,10 +175,11 @@ def rows_against_the_words() -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_real_training_learns_what_people_said(pipeline: Pipeline) -> None:
-    """CoSENTLoss, the default, by the stages and torchrun: a random model sees words, and learns kinds of things."""
+def test_a_real_training_learns_what_people_said(pipeline: Pipeline, minilm_folder: Path) -> None:
+    """By CoSENTLoss, the default, and torchrun: a model that goes by words learns to go by kinds of things."""
     pq.write_table(pa.Table.from_pylist(rows_against_the_words()), pipeline.folder / "pairs.parquet")
-    learning = {"learning_rate": 3e-3, "epochs": 12, "batch_size": 16, "logging_steps": 1}
+    base = ModelSource(path=minilm_folder)
+    learning = {"base_model": base, "learning_rate": 3e-4, "epochs": 12, "batch_size": 16, "logging_steps": 1}
     settings = pipeline.settings.model_copy(
         update={
             "extra_sources": (),
@@ -192,7 +193,7 @@ def test_a_real_training_learns_what_people_said(pipeline: Pipeline) -> None:
 
     log = [json.loads(line) for line in (embedder.path / TRAINING_LOG_FILE).read_text().splitlines()]
     losses = [row["loss"] for row in log if "loss" in row]
-    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+    assert sum(losses[-3:]) < 0.85 * sum(losses[:3])
     value = {
         row["system"]: row["value"]
         for row in make_evaluation(real).artifact.report["summary"]
