@@ -19,7 +19,7 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
 def escaped(text: object) -> Markup:
     """One line of Markdown that shows `text` itself: no emphasis, code, link, image, heading, list, table or HTML."""
     line = " ".join(str(text).split())
-    line = re.sub(r"^(\d+)([.)])", r"\1\\\2", re.sub(r"^([-+=#])", r"\\\1", _ANYWHERE.sub(r"\\\1", line)))
+    line = re.sub(r"^(\d+)([.)])", r"\1\\\2", re.sub(r"^([-+](?!\d)|[=#])", r"\\\1", _ANYWHERE.sub(r"\\\1", line)))
     return Markup("".join(_ENTITIES.get(character, character) for character in line))
 
 

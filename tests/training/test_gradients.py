@@ -95,7 +95,8 @@ def test_two_processes_have_the_gradients_of_one_with_their_rows(
 ) -> None:
     job = job_for(name, tmp_path, 1)
     one = gradients(job)
-    assert apart(one, torch.load(of_two / job.output.name / GRADIENTS_FILE)) < 1e-5
+    # Two processes add in another order than one: in float32 that is about 1e-5 of the length.
+    assert apart(one, torch.load(of_two / job.output.name / GRADIENTS_FILE)) < 3e-5
     if name in ("ranking, cached", "symmetric, cached"):  # in parts or at once is the same step
         at_once = job_for(name.removesuffix(", cached"), tmp_path, 1).output.name
         assert apart(one, torch.load(of_two / at_once / GRADIENTS_FILE)) < 1e-5
