@@ -53,7 +53,7 @@ def rows_of(seed: int) -> list[Row]:
             "query": f"why number {draw.randrange(8)}",
             "passage": passage(draw.randrange(12), draw.choice([0, 0, 1])),
             "document_id": draw.choice([None, "d1", "d2", "d3", "d4", "d5"]),
-            "split": draw.choice([None, "train", "train", "train", "dev", "test", "holdout"]),
+            "split": draw.choice([None, "train", "train", "train", "dev", "valid", "test"]),
             "relevance": draw.choice([1.0, 1.0, 1.0, 2.0, 0.0]),
         }
         for _ in range(draw.randrange(5, 40))

@@ -129,7 +129,7 @@ def _trainings_are_shown(result: dg.ExecuteInProcessResult) -> None:
     for model in ("embedder", "reranker"):
         shown = {name: value.value for name, value in metadata[model].items()}
         assert {"steps", "dev_before", "dev_best", "precision"} <= set(shown)
-        assert "base model" in str(shown["card"]).lower()
+        assert "Fine-tuned with embed_pipeline from" in str(shown["card"])
         title, _, encoded = str(shown["curve"]).partition("](data:image/svg+xml;base64,")
         assert title == "![loss and the dev figure over steps"
         svg = base64.b64decode(encoded.removesuffix(")")).decode()
