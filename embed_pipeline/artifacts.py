@@ -285,7 +285,7 @@ class PipelineStore:
         return self.get(asset, version)
 
     def has_current(self, asset: str) -> bool:
-        return self._current_file(asset).is_file()
+        return os.path.lexists(self._current_file(asset))  # `current` tells of what is no pointer
 
     def whole_current(self, asset: str) -> Artifact | None:
         """The version later stages use where there is one and it is as published; the log tells why it is not."""
@@ -316,7 +316,8 @@ class PipelineStore:
         try:
             noted = json.loads(self._read_file.read_text())
             return str(noted["state"]) if noted["version"] == raw.version else None
-        except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError):  # then the files are read again
+        except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, RecursionError):
+            # Then the files are read again.
             return None
 
     def get(self, asset: str, version: str) -> Artifact:
@@ -331,7 +332,7 @@ class PipelineStore:
                 raise ArtifactError(f"{path} has no {MANIFEST}. {_mend(asset)}") from None
             known = ", ".join(self._versions(asset)) or "none"
             raise ArtifactError(f"{self.pipeline}/{asset} has no version {version}; versions there: {known}") from None
-        except (NotADirectoryError, IsADirectoryError, ValueError, AttributeError) as error:
+        except (NotADirectoryError, IsADirectoryError, ValueError, AttributeError, RecursionError) as error:
             raise ArtifactError(f"{path / MANIFEST} cannot be read: {error}. {_mend(asset)}") from error
         if (manifest.pipeline, manifest.asset, manifest.version) != (self.pipeline, asset, version):
             raise ArtifactError(
@@ -565,7 +566,7 @@ class PipelineStore:
                 f"{self.pipeline}/{asset} has no version in {self.folder}. Materialize it first: "
                 f'dagster asset materialize -m embed_pipeline.definitions --select "{self.pipeline}/{asset}"'
             ) from None
-        except (IsADirectoryError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+        except (IsADirectoryError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArtifactError(
                 f"{pointer} cannot be read: {error!r}. Materialize {self.pipeline}/{asset} again; it is written anew"
             ) from error

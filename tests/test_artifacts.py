@@ -410,6 +410,7 @@ def test_a_file_that_was_added_is_told(store: PipelineStore) -> None:
         ('{"version": "0123456789abcdef", "reused": false}', r"points to version 0123456789abcdef, which is not there"),
         ('{"version": "01234', r"current\.json cannot be read"),
         ("[]", r"current\.json cannot be read"),
+        ("[" * 100_000, r"current\.json cannot be read"),
         ('{"reused": false}', r"current\.json cannot be read: KeyError\('version'\)"),
     ],
 )
@@ -592,6 +593,7 @@ HARM: dict[str, tuple[str, Callable[[Path], None]]] = {
     "a file for the asset": ("raw_pairs", file_at),
     "a pointer of garbage": ("raw_pairs/current.json", file_at),
     "a folder for the pointer": ("raw_pairs/current.json", folder_at),
+    "a manifest of brackets": (f"{VERSION}/manifest.json", lambda path: written(path, "[" * 100_000)),
     "a file for what is being made": (".staging", file_at),
     "a dead link for what is being made": (".staging", link_at),
     "a file for the runs' notes": (".runs", file_at),

@@ -125,6 +125,18 @@ def test_verify_names_a_changed_file(store: PipelineStore) -> None:
     assert "rows.txt was changed after support/raw_pairs version" in result.output
 
 
+def test_verify_passes_over_no_asset_whose_pointer_is_damaged(store: PipelineStore) -> None:
+    publish(store, 1)
+    pointer = store.folder / "raw_pairs" / "current.json"
+    pointer.unlink()
+    pointer.mkdir()
+
+    result = run("verify", "support")
+
+    assert result.exit_code == 1
+    assert "current.json cannot be read" in result.output
+
+
 def test_an_unknown_pipeline_is_told_which_there_are(store: PipelineStore) -> None:
     publish(store, 1)
 

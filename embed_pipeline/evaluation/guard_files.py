@@ -194,7 +194,7 @@ def _read_jsonl(path: Path) -> dict[str, Column]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise SourceError(f"{path}, line {number}: not JSON ({error}). Expected one object a line") from error
             if not isinstance(row, dict):
                 raise SourceError(f"{path}, line {number}: found a {type(row).__name__}, expected a JSON object")

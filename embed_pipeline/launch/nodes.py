@@ -83,7 +83,7 @@ class Announcement(BaseModel):
         try:
             told = json.loads(path.read_bytes())
             version = told.pop("version")
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise TrainingError(f"{path} is not an announcement of a job: {error!r}") from error
         if version != __version__:
             raise TrainingError(f"{path} is from embed_pipeline {version}; this is {__version__}. Install the same")

@@ -86,7 +86,7 @@ class Journal:
                     return
                 try:
                     entry = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     logger.warning("%s has a torn line before byte %d: its writer was stopped", self.path, start)
                     continue
                 yield entry, start

@@ -228,7 +228,7 @@ class Checkpoints(TrainerCallback):
         """Why a checkpoint is none of this job's, if its manifest can be read."""
         try:
             writer = json.loads((path / _MANIFEST).read_text())["writer"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         if writer != self.writer:
             return "it was written by another job, other versions of the libraries, or on another kind of machine"
@@ -243,7 +243,7 @@ class Checkpoints(TrainerCallback):
                     return f"{name} is not what was written"
             if missing := [name for name in (_PROGRESS, _STATE, _WEIGHTS, TRAINING_LOG_FILE) if name not in files]:
                 return f"its {_MANIFEST} does not list {', '.join(missing)}"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return f"it has no good {_MANIFEST}, or not every file: {error}"
         try:
             return self._unreadable(path, list(files))

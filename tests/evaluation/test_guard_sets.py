@@ -158,9 +158,10 @@ def test_damaged_files_of_beirs_layout_are_named_with_the_line(tmp_path: Path) -
     folder = write_beir_original(tmp_path / "set", **small_retrieval())
     corpus, test = folder / "corpus.jsonl", folder / "qrels" / "test.tsv"
     whole = corpus.read_text()
-    corpus.write_text(f"{whole}{{broken\n")
-    with pytest.raises(SourceError, match=r"corpus\.jsonl, line 13: not JSON"):
-        load_guard(beir(), tmp_path, 1)
+    for broken in ("{broken", "[" * 100_000):
+        corpus.write_text(f"{whole}{broken}\n")
+        with pytest.raises(SourceError, match=r"corpus\.jsonl, line 13: not JSON"):
+            load_guard(beir(), tmp_path, 1)
     corpus.write_text(whole)
     test.write_text(f"{test.read_text()}q0\tp0\n")
     with pytest.raises(SourceError, match=r"test\.tsv, line 8: 2 fields, expected 3 \(query-id, corpus-id, score\)"):
