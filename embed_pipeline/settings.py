@@ -669,7 +669,13 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = Field(False, description="half the memory of activations for a third more time")
     logging_steps: int = Field(10, ge=1, le=MOST_ROWS, description="steps between two figures of the loss")
     evaluations: int = Field(4, ge=1, le=1_000, description="dev-set evaluations, evenly spaced over the training")
-    early_stopping_patience: int = Field(3, ge=1, le=1_000, description="evaluations without a better dev nDCG@10")
+    early_stopping_patience: int = Field(
+        3,
+        ge=1,
+        le=1_000,
+        description="a training stops after so many evaluations in a row that are worse than the best on dev by more "
+        "than chance",
+    )
     dev_queries: int = Field(
         500, ge=1, le=MOST_ROWS, description="at most this many dev queries are used during training"
     )

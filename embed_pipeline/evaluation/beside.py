@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from embed_pipeline.evaluation.comparison import (
     BASE_EMBEDDER,
@@ -17,11 +14,10 @@ from embed_pipeline.evaluation.comparison import (
     EMBEDDER,
     RERANKER,
 )
-from embed_pipeline.evaluation.correlation import bootstrap_difference
-from embed_pipeline.evaluation.evaluators import EmbedderEvaluators, Figure, Figures, RerankerEvaluators
+from embed_pipeline.evaluation.evaluators import EmbedderEvaluators, Figures, RerankerEvaluators
+from embed_pipeline.evaluation.figure import interval
 from embed_pipeline.evaluation.guard_sets import GuardResult, GuardScore, GuardSet, Part, judge_guard
 from embed_pipeline.evaluation.results import MeasuredModel, SourceFigure
-from embed_pipeline.evaluation.significance import paired_bootstrap
 from embed_pipeline.models.embedder import Embedder
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.settings import EvaluationSettings
@@ -89,7 +85,14 @@ class Beside:
             if after is None:
                 continue
             source, _, metric = name.rpartition("/")
-            low, high = self._interval(before, after) or (None, None)
+            found = interval(
+                before,
+                after,
+                samples=self.settings.bootstrap_samples,
+                confidence=self.settings.confidence,
+                seed=self.seed,
+            )
+            low, high = found or (None, None)
             rows.append(
                 SourceFigure(
                     model=model,
@@ -106,21 +109,3 @@ class Beside:
                 )
             )
         return rows
-
-    def _interval(self, before: Figure, after: Figure) -> tuple[float, float] | None:
-        if before.items is None or after.items is None or not math.isfinite(after.value - before.value):
-            return None
-        samples, confidence = self.settings.bootstrap_samples, self.settings.confidence
-        if before.expected is not None:
-            return bootstrap_difference(
-                before.items,
-                after.items,
-                before.expected,
-                samples=samples,
-                confidence=confidence,
-                seed=self.seed,
-                method=before.method,
-            )
-        differences = (after.items - before.items)[:, None].astype(np.float64)
-        found = paired_bootstrap(differences, samples=samples, confidence=confidence, seed=self.seed)
-        return float(found.low[0]), float(found.high[0])

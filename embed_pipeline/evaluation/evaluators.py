@@ -56,7 +56,7 @@ from sentence_transformers.util import cos_sim, pairwise_cos_sim
 
 from embed_pipeline.errors import ArtifactError
 from embed_pipeline.evaluation.bm25 import bm25_search
-from embed_pipeline.evaluation.correlation import Method
+from embed_pipeline.evaluation.figure import Figure
 from embed_pipeline.losses import RETRIEVAL_KINDS, SourceKind
 from embed_pipeline.models.collection import load_collection
 from embed_pipeline.models.embedder import Embedder
@@ -87,16 +87,6 @@ class MeasuredSource:
     folder: Path  # that of cleaned_pairs itself, or `tables.extra_folder` of it
     search: bool = True  # retrieval: rank the corpus too. False where the pipeline's own metrics do so already
     teacher: Embedder | None = None  # parallel: whose embedding of the first sentence both should have
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of one model. Its items, where it has any, are the same ones for every model."""
-
-    value: float
-    items: np.ndarray | None = None  # (n,) float64: their mean is the value; with `expected`, what is correlated
-    expected: np.ndarray | None = None  # (n,) float64
-    method: Method = "spearman"  # the correlation, with `expected`
 
 
 Figures = dict[str, Figure]

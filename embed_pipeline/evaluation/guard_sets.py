@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 Part = Literal["all", "choosing", "judging"]
 # JSON knows no NaN, and pydantic would write null.
-Figure = Annotated[float, PlainSerializer(lambda value: value if math.isfinite(value) else "NaN", when_used="json")]
+MaybeNaN = Annotated[float, PlainSerializer(lambda value: value if math.isfinite(value) else "NaN", when_used="json")]
 METRIC_LABELS = {"beir": "nDCG@10", "scored": "Spearman"}
 _TOLERANCE = 1e-12  # a mean that was summed in another order is the same mean
 
@@ -52,10 +52,10 @@ class GuardResult(BaseModel):
     kind: Literal["beir", "scored"]
     metric: str
     items: int  # queries or pairs
-    base: Figure
-    candidate: Figure
-    champion: Figure | None
-    change: Figure  # candidate - base
+    base: MaybeNaN
+    candidate: MaybeNaN
+    champion: MaybeNaN | None
+    change: MaybeNaN  # candidate - base
     interval_low: float | None  # of the change, by paired bootstrap
     interval_high: float | None
     max_loss: float
@@ -182,19 +182,10 @@ def judge_guard(
 def _interval(
     base: GuardScore, candidate: GuardScore, evaluation: EvaluationSettings, seed: int
 ) -> tuple[float, float] | None:
-    from embed_pipeline.evaluation.correlation import bootstrap_difference
-    from embed_pipeline.evaluation.significance import paired_bootstrap
+    from embed_pipeline.evaluation.figure import Figure, interval
 
-    if not math.isfinite(base.value + candidate.value):
-        return None
-    samples, confidence = evaluation.bootstrap_samples, evaluation.confidence
-    if base.expected is not None:
-        return bootstrap_difference(
-            base.per_item, candidate.per_item, base.expected, samples=samples, confidence=confidence, seed=seed
-        )
-    differences = (candidate.per_item - base.per_item)[:, None]
-    found = paired_bootstrap(differences, samples=samples, confidence=confidence, seed=seed)
-    return float(found.low[0]), float(found.high[0])
+    before, after = (Figure(score.value, score.per_item, score.expected) for score in (base, candidate))
+    return interval(before, after, samples=evaluation.bootstrap_samples, confidence=evaluation.confidence, seed=seed)
 
 
 def _sentence(

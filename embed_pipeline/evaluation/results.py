@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from embed_pipeline.evaluation.comparison import Comparison
 from embed_pipeline.evaluation.gate import GateReport
-from embed_pipeline.evaluation.guard_sets import Figure
+from embed_pipeline.evaluation.guard_sets import MaybeNaN
 from embed_pipeline.evaluation.history import HistoryPoint
 from embed_pipeline.mining.report import ScoreSummary
 
@@ -55,10 +55,10 @@ class SourceFigure(_Part):
     source: str
     metric: str
     main: bool  # the figure that its evaluator is about
-    base: Figure
-    trained: Figure
-    champion: Figure | None
-    change: Figure  # trained - base
+    base: MaybeNaN
+    trained: MaybeNaN
+    champion: MaybeNaN | None
+    change: MaybeNaN  # trained - base
     interval_low: float | None  # of the change, by paired bootstrap, where the figure is made of single examples
     interval_high: float | None
     items: int | None  # queries, pairs or triplets behind it, where they are known

@@ -155,7 +155,7 @@ class _Bench:
         scores = {guard.settings.name: guard.measure(embedder, "choosing") for guard in self.guards}
         if isinstance(self.dev, DevPairs):
             return scores, self.dev.spearman(embedder)
-        return scores, self.dev.ndcg_at_10(embedder) if self.dev else None
+        return scores, self.dev.ndcg_at_10(embedder).value if self.dev else None
 
 
 def _sweep(

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from embed_pipeline.evaluation.guard_sets import METRIC_LABELS, Figure, GuardScore, GuardSet, loses_too_much
+from embed_pipeline.evaluation.guard_sets import METRIC_LABELS, GuardScore, GuardSet, MaybeNaN, loses_too_much
 from embed_pipeline.evaluation.verdict import METRIC_NAMES, signed
 from embed_pipeline.settings import ForgettingSettings
 
@@ -34,8 +34,8 @@ class GuardInfo(_Part):
 class GuardFigure(_Part):
     """One guard set at one coefficient, measured on its choosing half."""
 
-    value: Figure
-    change: Figure  # against the base
+    value: MaybeNaN
+    change: MaybeNaN  # against the base
     lost: bool  # more than it may
 
 
@@ -43,7 +43,7 @@ class Tried(_Part):
     """One coefficient: the share of the fine-tuned weights; 0 is the base, 1 the fine-tuned model."""
 
     coefficient: float
-    dev: Figure | None  # by `dev_metric`; None: no dev split
+    dev: MaybeNaN | None  # by `dev_metric`; None: no dev split
     dev_metric: str = "ndcg_at_10"
     guards: dict[str, GuardFigure]
 

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.evaluation.evaluators import Figures
+from embed_pipeline.training.dev_choice import Choice, State, choose, difference
 from embed_pipeline.training.process import from_main
 from embed_pipeline.training.reporting import Reporter
 
@@ -159,7 +161,10 @@ class Reporting(TrainerCallback):
 
 
 class DevEvaluation(TrainerCallback):
-    """Measures on dev before, evenly spaced during and at the end; keeps the best weights; stops early.
+    """Measures on dev before, evenly spaced during and at the end; says which weights are kept; stops early.
+
+    The last weights are kept, unless earlier ones are better on dev by more than chance (`dev_choice` says how that is
+    judged). A training stops when `patience` evaluations in a row were worse, by more than chance, than the best.
 
     `measure` gives the figures by name, on every rank at once; of rank 0's the one called `metric` decides.
     Without it (no dev split) the last weights are the result.
@@ -167,7 +172,7 @@ class DevEvaluation(TrainerCallback):
 
     def __init__(
         self,
-        measure: Callable[[], dict[str, float]] | None,
+        measure: Callable[[], Figures] | None,
         metric: str,
         model: nn.Module,
         best_weights: Path,
@@ -184,11 +189,10 @@ class DevEvaluation(TrainerCallback):
         self.patience = patience
         self.reporter = reporter
         self.steps: set[int] = set()
-        self.before: float | None = None
-        self.best: float | None = None
-        self.best_step: int | None = None
-        self.last_step = 0
-        self.without_gain = 0
+        self.before: State | None = None
+        self.best: State | None = None
+        self.last: State | None = None
+        self.worse_in_a_row = 0
 
     def measure_before(self, args: TrainingArguments) -> float:
         """Measure the model as it comes, unless that was done already; how many seconds a measurement took."""
@@ -210,45 +214,72 @@ class DevEvaluation(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # An epoch may hold fewer batches than announced: rows with the same text never share a batch.
-        if self.measure is not None and state.global_step > self.last_step:
+        if self.measure is not None and state.global_step > (self.last.step if self.last else 0):
             self._evaluate(args, state.global_step, control)
 
     def told(self) -> dict[str, Any]:
         """What `go_on` needs of it."""
-        return {name: getattr(self, name) for name in ("before", "best", "best_step", "last_step", "without_gain")}
+        states = {name: getattr(self, name) for name in ("before", "best", "last")}
+        return {
+            **{name: state.told() if state is not None else None for name, state in states.items()},
+            "worse_in_a_row": self.worse_in_a_row,
+        }
 
     def go_on(self, told: dict[str, Any], best_weights: Path) -> None:
         """Take up what an interrupted training had been told; `best_weights` may not be there yet."""
-        for name, value in told.items():
-            setattr(self, name, value)
+        for name in ("before", "best", "last"):
+            setattr(self, name, State.of(told[name]) if told[name] is not None else None)
+        self.worse_in_a_row = told["worse_in_a_row"]
         if self.reporter is not None and best_weights.is_file():
             shutil.copyfile(best_weights, self.best_weights)
 
-    def restore_best(self) -> None:
-        """Lay the best weights over the model."""
-        if self.best_step is not None and self.best_step != self.last_step:
+    def keep(self) -> Choice | None:
+        """Lay the weights over the model that are to be kept, and tell which; None where nothing was measured."""
+        if self.before is None or self.best is None or self.last is None:
+            return None
+        choice = choose(self.metric, self.before, self.best, self.last, self._comparisons)
+        if choice.step != self.last.step:
             load_model(self.model, self.best_weights)
+        logger.info("%s", choice.sentence)
+        if choice.verdict == "worse":
+            logger.warning("%s. Lower learning_rate, or bring more training rows", choice.over_base)
+        else:
+            logger.info("%s", choice.over_base)
+        return choice
+
+    @property
+    def _comparisons(self) -> int:
+        """How many earlier states the last one is compared with."""
+        return max(1, self.evaluations - 1)
 
     def _evaluate(self, args: TrainingArguments, step: int, control: TrainerControl) -> None:
-        value = self._measure(args, step)
-        self.last_step = step
-        if self.best is None or value > self.best:
-            self.best, self.best_step, self.without_gain = value, step, 0
+        self.last = self._measure(args, step)
+        if self.best is None or self.last.figure.value > self.best.figure.value:
+            self.best, self.worse_in_a_row = self.last, 0
             if self.reporter is not None:
                 save_model(self.model, str(self.best_weights))
             return
-        self.without_gain += 1
-        if self.without_gain >= self.patience:
-            logger.info("no better dev %s in %d evaluations: stopping at step %d", self.metric, self.patience, step)
+        worse = difference(self.best, self.last, self._comparisons).verdict == "worse"
+        self.worse_in_a_row = self.worse_in_a_row + 1 if worse else 0
+        if self.worse_in_a_row >= self.patience:
+            logger.info(
+                "dev %s was worse than at step %d by more than chance in %d evaluations in a row: stopping at step %d",
+                self.metric,
+                self.best.step,
+                self.patience,
+                step,
+            )
             control.should_training_stop = True
 
-    def _measure(self, args: TrainingArguments, step: int) -> float:
+    def _measure(self, args: TrainingArguments, step: int) -> State:
         assert self.measure is not None
-        figures = from_main(self.measure())
+        measured = self.measure()
+        figures = from_main({name: figure.value for name, figure in measured.items()})
         value = figures[self.metric]
         if not math.isfinite(value):
             raise not_finite("dev score", value, step, args)
         if self.reporter is not None:
             self.reporter.report(step, {f"dev_{name}": figure for name, figure in figures.items()})
             logger.info("step %d: dev %s", step, ", ".join(f"{name} {found:.4f}" for name, found in figures.items()))
-        return value
+        # Every rank decides alike, so each needs the items; of pairs of sentences only rank 0 has them.
+        return State.of(from_main(State(step, measured[self.metric]).told() if self.metric in measured else None))

@@ -36,6 +36,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from embed_pipeline.artifacts import sha256_of
 from embed_pipeline.training.callbacks import DevEvaluation
+from embed_pipeline.training.dev_choice import State
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TRAINING_LOG_FILE, TrainingJob
 from embed_pipeline.training.modules import learnt_by_losses, losses_of
@@ -260,6 +261,9 @@ class Checkpoints(TrainerCallback):
             return f"{_PROGRESS} names no place in the data"
         if told["dev"].keys() != self.evaluation.told().keys():
             return f"{_PROGRESS} has other figures of dev"
+        for name in ("before", "best", "last"):
+            if told["dev"][name] is not None:
+                State.of(told["dev"][name])
         (path / TRAINING_LOG_FILE).read_text()
         if _BEST in files:
             safe_open(path / _BEST, "pt").keys()

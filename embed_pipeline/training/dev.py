@@ -10,6 +10,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from embed_pipeline.evaluation.evaluators import (
     EmbedderEvaluators,
+    Figures,
     MeasuredSource,
     RerankerEvaluators,
     embedder_evaluators,
@@ -70,16 +71,16 @@ class EmbedderDev:
         expected = self.evaluators.parts[0].expected
         return 0 if expected is None else len(expected)
 
-    def measure(self, model: SentenceTransformer, rank: Rank) -> dict[str, float]:
-        """Metric -> value, the one of `dev_metric` first. Every rank comes here; rank 0's figures are the whole ones.
+    def measure(self, model: SentenceTransformer, rank: Rank) -> Figures:
+        """Metric -> figure, the one of `dev_metric` first. Every rank comes here; rank 0's figures are the whole ones.
 
         The ranks share the encoding of the own source. The library's evaluators run on rank 0 while the others wait.
         """
-        figures = {}
+        figures: Figures = {}
         if self.own is not None:
             figures["ndcg_at_10"] = self.own.ndcg_at_10(Embedder.around(model, rank.precision, _Together(rank=rank)))
         if self.evaluators is not None and rank.is_main:
-            found = self.evaluators(model, rank.precision)
+            found = self.evaluators.measure(Embedder.around(model, rank.precision))
             mine = f"{self.source}/"
             figures |= {name.removeprefix(mine): found[name] for name in self.main_metrics if name in found}
         return figures
@@ -105,11 +106,12 @@ class RerankerDev:
         )
         return cls(own, evaluators)
 
-    def measure(self, model: CrossEncoder, rank: Rank) -> dict[str, float]:
+    def measure(self, model: CrossEncoder, rank: Rank) -> Figures:
         """As an embedder's."""
-        figures = {"ndcg_at_10": self.own.ndcg_at_10(Reranker.around(model, rank.precision, _Together(rank=rank)))}
+        own = self.own.ndcg_at_10(Reranker.around(model, rank.precision, _Together(rank=rank)))
+        figures: Figures = {"ndcg_at_10": own}
         if self.evaluators is not None and rank.is_main:
-            found = self.evaluators(model, rank.precision)
+            found = self.evaluators.measure(Reranker.around(model, rank.precision))
             figures |= {name: found[name] for name in self.evaluators.main_metrics if name in found}
         return figures
 

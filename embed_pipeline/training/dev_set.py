@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
 import pyarrow.compute as pc
 
+from embed_pipeline.evaluation.figure import Figure
 from embed_pipeline.evaluation.metrics import ndcg_at_10
 from embed_pipeline.evaluation.retrieval import ndcg_at_10_of
 from embed_pipeline.models.blend import blend
@@ -50,11 +52,10 @@ class EmbedderDevSet:
             dict(sorted(read_queries(job.cleaned_pairs, set(qrels)).items())), dict(sorted(passages.items())), qrels
         )
 
-    def ndcg_at_10(self, embedder: Embedder) -> float:
-        """Mean nDCG@10 of exact search; NaN when an embedding is no number."""
+    def ndcg_at_10(self, embedder: Embedder) -> Figure:
+        """nDCG@10 of exact search, of each query and on average; NaN when an embedding is no number."""
         # On the CPU: a GPU's memory belongs to the training.
-        of_queries = ndcg_at_10_of(embedder, self.queries, self.passages, self.qrels, device="cpu")
-        return fmean(of_queries.values())
+        return _mean(ndcg_at_10_of(embedder, self.queries, self.passages, self.qrels, device="cpu"))
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ class RerankerDevSet:
             {query: np.asarray(scores[query], dtype=np.float32) for query in candidates},
         )
 
-    def ndcg_at_10(self, reranker: Reranker) -> float:
-        """Mean nDCG@10 of the reranker's own order; NaN when a score is no number."""
+    def ndcg_at_10(self, reranker: Reranker) -> Figure:
+        """nDCG@10 of the reranker's own order, of each query and on average; NaN when a score is no number."""
         scores = self.score(reranker)
         if not all(np.isfinite(values).all() for values in scores.values()):
-            return float("nan")
-        return self._mean_ndcg(scores)
+            return Figure(float("nan"))
+        return self._ndcg(scores)
 
     def score(self, reranker: Reranker) -> dict[str, np.ndarray]:
         """The reranker's logits for each query's candidates, in their order."""
@@ -108,18 +109,24 @@ class RerankerDevSet:
         """Mean nDCG@10 for each share of the embedder's score in the final one; see `models.blend`."""
         scores = self.score(reranker)
         return {
-            weight: self._mean_ndcg(
+            weight: self._ndcg(
                 {query: blend(self.embedder_scores[query], scores[query], weight) for query in scores}
-            )
+            ).value
             for weight in WEIGHTS
         }
 
-    def _mean_ndcg(self, scores: dict[str, np.ndarray]) -> float:
+    def _ndcg(self, scores: dict[str, np.ndarray]) -> Figure:
         run = {
             query: {id: float(score) for id, score in zip(self.candidates[query], scores[query], strict=True)}
             for query in scores
         }
-        return fmean(ndcg_at_10(self.qrels, run).values())
+        return _mean(ndcg_at_10(self.qrels, run))
+
+
+def _mean(by_query: Mapping[str, float]) -> Figure:
+    """Of values by query; the items are in the order of the queries' ids, so those of two models can be paired."""
+    items = np.array([by_query[query] for query in sorted(by_query)], dtype=np.float64)
+    return Figure(fmean(items), items)
 
 
 def _dev_qrels(job: TrainingJob, among: set[str] | None) -> Qrels:

@@ -29,11 +29,13 @@ class Summary:
     steps: int
     epochs: float
     dev_queries: int
-    dev_metric: str  # what the best weights were chosen by
+    dev_metric: str  # what the weights were chosen by
     dev_before: float | None
-    dev_best: float | None  # of the weights that were kept
-    better_on_dev: bool | None  # than before the training; if not, the base model is the better one
-    best_step: int | None
+    dev_kept: float | None  # of the weights that were kept
+    kept_step: int | None
+    kept_because: str | None
+    dev_verdict: Literal["better", "worse", "undecided"] | None  # the kept weights against the base model
+    dev_gain: str | None  # the same in a sentence, with its interval
     train_seconds: float  # without loading, with the evaluations
     steps_per_second: float
     world_size: int

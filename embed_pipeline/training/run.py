@@ -1,4 +1,4 @@
-"""A training from the prepared trainer to the restored best weights; the same for both model kinds and engines."""
+"""A training from the prepared trainer to the weights that are kept; the same for both model kinds and engines."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import Trainer
 
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.evaluation.evaluators import Figures
 from embed_pipeline.training.callbacks import DevEvaluation, FiniteLoss, MovingLoss, Reporting
 from embed_pipeline.training.checkpoints import Checkpoints, remove_checkpoints
 from embed_pipeline.training.collapse import collapsed
@@ -54,14 +55,16 @@ def train(
     rank: Rank,
     prepared: Prepared[SentenceTransformer] | Prepared[CrossEncoder],
     sources: Sequence[TrainingSource],
-    measure: Callable[[], dict[str, float]] | None,
+    measure: Callable[[], Figures] | None,
     *,
     metric: str,
     queries: int,
     dev_queries: int,
     reporter: Reporter | None,
 ) -> Summary:
-    """Train; on rank 0 the model then has its best weights. `measure` gives the dev figures of the model as it is.
+    """Train; on rank 0 the model then has the weights that are kept.
+
+    `measure` gives the dev figures of the model as it is.
 
     Raises TrainingError when its rows or its preflight show that it cannot end well, when the loss stops being a number
     or moving, memory runs out, or not one step was made.
@@ -102,8 +105,9 @@ def train(
         _run(trainer, job, rank, sum(prepared.rows.values()), resume_from)
     seconds, steps = time.monotonic() - started, trainer.state.global_step
     check_same_weights(prepared.model)
+    choice = None
     if rank.is_main:
-        evaluation.restore_best()
+        choice = evaluation.keep()
         merge_adapters(prepared.model)
         if (collapse := collapsed(prepared.model, sources, rank)) is not None:
             logger.warning("%s", collapse)
@@ -119,10 +123,12 @@ def train(
         epochs=round(trainer.state.epoch or 0.0, 4),
         dev_queries=dev_queries,
         dev_metric=metric,
-        dev_before=evaluation.before,
-        dev_best=evaluation.best,
-        better_on_dev=_better(metric, evaluation.before, evaluation.best),
-        best_step=evaluation.best_step,
+        dev_before=evaluation.before.figure.value if evaluation.before else None,
+        dev_kept=choice.value if choice else None,
+        kept_step=choice.step if choice else None,
+        kept_because=choice.sentence if choice else None,
+        dev_verdict=choice.verdict if choice else None,
+        dev_gain=choice.over_base if choice else None,
         train_seconds=round(seconds_before + seconds, 3),
         steps_per_second=round((steps - steps_before) / seconds, 4),
         world_size=rank.world_size,
@@ -180,18 +186,3 @@ def plain_memory_errors(job: TrainingJob) -> Iterator[None]:
             f"out of {'GPU ' if on_gpu else ''}memory at batch_size {job.settings.batch_size} x train_group_size "
             f"{job.settings.train_group_size}: {error}. {less_memory(job)}"
         ) from error
-
-
-def _better(metric: str, before: float | None, after: float | None) -> bool | None:
-    """Whether the kept weights, which are always from after the start, do better on dev; tells when they do worse."""
-    if before is None or after is None:
-        return None
-    if after < before:
-        logger.warning(
-            "dev %s fell from %.4f to %.4f: the base model does better than any evaluation of this training. "
-            "Lower learning_rate, or bring more training rows",
-            metric,
-            before,
-            after,
-        )
-    return after > before
