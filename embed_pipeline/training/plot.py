@@ -14,9 +14,13 @@ _LOSS, _DEV = "#3b6fd4", "#2a9d5c"
 
 
 def training_curve(version: Path) -> str:
-    """An SVG of loss (left) and the dev figure (right) over optimizer steps, of what a training left in `version`."""
+    """An SVG of loss (left) and the dev figure (right) over optimizer steps, of what a training left in `version`.
+
+    A ring marks the weights that were kept.
+    """
     events = [json.loads(line) for line in (version / TRAINING_LOG_FILE).read_text().splitlines()]
-    metric = json.loads((version / SUMMARY_FILE).read_text())["dev_metric"]
+    summary = json.loads((version / SUMMARY_FILE).read_text())
+    metric, kept = summary["dev_metric"], summary["kept_step"]
     figure = Figure(figsize=(7.0, 2.8), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     losses = [(event["step"], event["loss"]) for event in events if "loss" in event]
@@ -28,6 +32,8 @@ def training_curve(version: Path) -> str:
     if measured:
         right = axes.twinx()
         right.plot(*zip(*measured, strict=True), color=_DEV, marker="o", markersize=4)
-        right.set_ylabel(f"dev {metric}", color=_DEV)
+        of_kept = [point for point in measured if point[0] == kept]
+        right.plot(*zip(*of_kept, strict=True), "o", color=_DEV, markersize=10, fillstyle="none") if of_kept else None
+        right.set_ylabel(f"dev {metric} (ring: kept)", color=_DEV)
         right.spines[["top", "left"]].set_visible(False)
     return svg_of(figure, "training")

@@ -117,7 +117,7 @@ def test_auto_passes_a_model_between_the_two_on(models: Ancestry, dev: EmbedderD
     measured = report.tried[1]
     merged = Embedder(out / "model", precision="float32")
     assert merged.encoding.query_prompt == "ask: "
-    assert dev.ndcg_at_10(merged) == pytest.approx(measured.dev, abs=1e-9)
+    assert dev.ndcg_at_10(merged).value == pytest.approx(measured.dev, abs=1e-9)
     for other in (models.base, models.fine_tuned):
         assert np.abs(embeddings(out / "model") - embeddings(other)).max() > 1e-3
     assert {path.name for path in out.iterdir()} == {"model", "weights.sha256", "merging.json", "trade_off.svg"}
@@ -125,7 +125,7 @@ def test_auto_passes_a_model_between_the_two_on(models: Ancestry, dev: EmbedderD
 
 def test_base_is_measured_with_the_pipelines_encoding(models: Ancestry, dev: EmbedderDevSet, tmp_path: Path) -> None:
     report, _ = run(models, dev, guard_with(tmp_path, max_loss=1.0), tmp_path / "out")
-    expected = dev.ndcg_at_10(Embedder(models.base, ENCODING, precision="float32"))
+    expected = dev.ndcg_at_10(Embedder(models.base, ENCODING, precision="float32")).value
     assert report.tried[0].dev == pytest.approx(expected, abs=1e-9)
     assert (
         json.loads((models.base / "config_sentence_transformers.json").read_text())["prompts"].get("query") != "ask: "

@@ -128,7 +128,7 @@ def _trainings_are_shown(result: dg.ExecuteInProcessResult) -> None:
     }
     for model in ("embedder", "reranker"):
         shown = {name: value.value for name, value in metadata[model].items()}
-        assert {"steps", "dev_before", "dev_best", "precision"} <= set(shown)
+        assert {"steps", "dev_before", "dev_kept", "precision"} <= set(shown)
         assert "Fine-tuned with embed_pipeline from" in str(shown["card"])
         title, _, encoded = str(shown["curve"]).partition("](data:image/svg+xml;base64,")
         assert title == "![loss and the dev figure over steps"

@@ -109,7 +109,7 @@ def test_it_ends_with_the_weights_of_an_undisturbed_one(
     assert undisturbed.summary["steps"] > at
     assert same_weights(undisturbed, resumed)
     assert figures(undisturbed) == figures(resumed)
-    same = ("steps", "epochs", "dev_before", "dev_best", "best_step", "better_on_dev")
+    same = ("steps", "epochs", "dev_before", "dev_kept", "kept_step", "kept_because", "dev_gain")
     assert {key: undisturbed.summary[key] for key in same} == {key: resumed.summary[key] for key in same}
     assert not (resumed.job.output / "checkpoints").exists()
 

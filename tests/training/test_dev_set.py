@@ -53,7 +53,7 @@ def test_the_corpus_holds_every_positive_and_random_passages_up_to_its_size(job_
 def test_an_answer_that_was_not_retrieved_counts_against_the_reranker(job_of: Jobs, tmp_path: Path) -> None:
     dev = reranker_set(job_of("reranker", tmp_path))
     assert len(dev.queries) == 16
-    assert dev.ndcg_at_10(cast(Reranker, Oracle())) == pytest.approx(15 / 16)
+    assert dev.ndcg_at_10(cast(Reranker, Oracle())).value == pytest.approx(15 / 16)
 
 
 def test_all_candidates_that_were_delivered_are_reranked(job_of: Jobs, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_the_weights_run_from_the_reranker_alone_to_the_embedder_alone(job_of: J
 
 
 def test_a_broken_reranker_is_no_number_rather_than_a_bad_score(job_of: Jobs, tmp_path: Path) -> None:
-    assert np.isnan(reranker_set(job_of("reranker", tmp_path)).ndcg_at_10(cast(Reranker, Oracle(float("nan")))))
+    assert np.isnan(reranker_set(job_of("reranker", tmp_path)).ndcg_at_10(cast(Reranker, Oracle(float("nan")))).value)
 
 
 def test_blend_does_not_depend_on_either_scale() -> None:

@@ -75,7 +75,7 @@ def test_the_log_holds_losses_and_the_dev_metric_from_before_the_first_step(embe
     dev = {row["step"]: row["dev_ndcg_at_10"] for row in embedder.log if "dev_ndcg_at_10" in row}
     assert list(dev) == [0, 6, 12]
     assert dev[0] == embedder.summary["dev_before"]
-    assert max(dev[6], dev[12]) == embedder.summary["dev_best"] == dev[embedder.summary["best_step"]]
+    assert embedder.summary["dev_kept"] == dev[embedder.summary["kept_step"]]
     steps = [row for row in embedder.log if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 4, 6, 8, 10, 12]
     assert {"loss", "learning_rate", "grad_norm", "epoch", "seconds"} <= steps[0].keys()
@@ -86,7 +86,7 @@ def test_both_ranks_measure_on_dev_what_one_would(embedder: Trained) -> None:
     assert isinstance(embedder.job, EmbedderJob)
     dev = EmbedderDevSet.read(embedder.job)
     assert dev is not None
-    assert dev.ndcg_at_10(Embedder(embedder.model)) == pytest.approx(embedder.summary["dev_best"])
+    assert dev.ndcg_at_10(Embedder(embedder.model)).value == pytest.approx(embedder.summary["dev_kept"])
 
 
 def test_a_reranker_loads_in_both_libraries_with_the_same_scores(reranker: Trained) -> None:
@@ -107,7 +107,7 @@ def test_a_reranker_leaves_its_share_in_the_final_score(reranker: Trained) -> No
     best = max(by_weight.values())
     assert serving["embedder_weight"] == min(weight for weight, value in by_weight.items() if value == best)
     # The first was scored by rank 0 alone, the second by both.
-    assert by_weight[0.0] == pytest.approx(reranker.summary["dev_best"])
+    assert by_weight[0.0] == pytest.approx(reranker.summary["dev_kept"])
 
 
 def test_only_what_is_needed_is_left_of_an_embedder(embedder: Trained) -> None:
