@@ -13,8 +13,7 @@ from click.testing import CliRunner
 from embed_pipeline.artifacts import PipelineStore, Produced
 from embed_pipeline.command_line import main
 from embed_pipeline.libraries import upgrades_since
-from embed_pipeline.models import precision
-from embed_pipeline.models.precision import resolve_precision
+from embed_pipeline.models import bfloat16
 from embed_pipeline.settings import PipelineSettings
 from embed_pipeline.stages import (
     Pipeline,
@@ -52,12 +51,12 @@ def pipeline_of(tmp_path: Path, tiny_bert_folder: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Make this machine's CPU have AMX, or not."""
+    """Make this machine's CPU have instructions for bfloat16, or not."""
 
     def become(flags: str) -> None:
         (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: fpu sse avx512bw avx512vl avx512dq {flags}\n")
 
-    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(bfloat16, "CPU_INFO", tmp_path / "cpuinfo")
     return become
 
 
@@ -69,13 +68,6 @@ def upgraded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     )
 
 
-def test_a_cpu_is_taken_for_what_torch_takes_it_for() -> None:
-    import torch
-
-    has_both = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_amx_tile_supported()
-    assert resolve_precision("auto", "cpu") == ("bfloat16" if has_both else "float32")
-
-
 def test_arithmetic_that_the_machine_decides_makes_a_version_of_its_own(
     pipeline_of: PipelineOf, cpu: Callable[[str], None]
 ) -> None:
@@ -84,7 +76,7 @@ def test_arithmetic_that_the_machine_decides_makes_a_version_of_its_own(
     assert in_float32.manifest.recipe.settings["encode_precision"] == "float32"
     # What `auto` stands for counts, not that it was asked for.
     assert make_hard_negatives(pipeline_of(encode_precision="float32")).reused
-    cpu("amx_tile amx_bf16")
+    cpu("avx512_bf16")
     in_bfloat16 = make_hard_negatives(pipeline_of())
     assert not in_bfloat16.reused
     assert in_bfloat16.artifact.version != in_float32.version

@@ -106,6 +106,20 @@ def test_two_processes_give_the_bits_of_one(tmp_path: Path, tiny_bert_folder: Pa
     assert not list((tmp_path / "two").glob("search-*"))
 
 
+def test_what_was_computed_in_one_arithmetic_is_not_found_in_another(tmp_path: Path, tiny_bert_folder: Path) -> None:
+    texts = made_up(20)
+    pairs = list(zip(texts, reversed(texts), strict=True))
+    for precision in ("float32", "bfloat16"):
+        alone = Embedder(tiny_bert_folder, precision=precision).encode_passages(texts, progress=False)
+        kept = Embedder(tiny_bert_folder, precision=precision, ranks=Ranks(tmp_path))
+        np.testing.assert_array_equal(kept.encode_passages(texts, progress=False), alone)
+        np.testing.assert_allclose(np.sum(alone * alone, axis=1), 1.0, atol=1e-5)
+        scorer = Reranker(tiny_bert_folder, precision=precision, seed=5, ranks=Ranks(tmp_path))
+        scored = Reranker(tiny_bert_folder, precision=precision, seed=5).score(pairs, progress=False)
+        np.testing.assert_array_equal(scorer.score(pairs, progress=False), scored)
+    assert len(list(tmp_path.rglob("*.npy"))) == 4
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_a_head_that_a_seed_makes_is_the_same_in_every_process(tmp_path: Path, tiny_bert_folder: Path) -> None:
     pairs = list(zip(made_up(60), reversed(made_up(60)), strict=True))
