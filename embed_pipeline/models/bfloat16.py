@@ -127,7 +127,7 @@ def _read(file: Path) -> float | None:
     """None where there is no file, or not what was written."""
     try:
         found = json.loads(file.read_bytes())["speedup"]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return found if isinstance(found, float) and 0 < found < math.inf else None
 

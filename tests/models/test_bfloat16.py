@@ -109,7 +109,8 @@ def test_another_cpu_and_another_torch_are_measured_anew(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'{"speedup": 3', b"[3.0]", b"3.0", b'{"speedup": "3"}', b'{"speedup": NaN}', b"\xff\x00"]
+    "content",
+    [b"", b'{"speedup": 3', b"[3.0]", b"3.0", b'{"speedup": "3"}', b'{"speedup": NaN}', b"\xff\x00", b"[" * 100_000],
 )
 def test_a_damaged_file_is_measured_again(
     cpu: Callable[[str], None], measures: list[float], tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
