@@ -87,8 +87,8 @@ def time_encoding(rounds: int, processes: int, most: int, length: int, *, openvi
     in_turn = {**libraries(model, length, embedder.device), "ours, whole list": whole_list}
     if openvino:
         in_turn["OpenVINO"] = openvino_graph(embedder.model)
-    blocks = partial(embedder.encode_passages, progress=False)
-    for encode in (*in_turn.values(), blocks):  # the last compares its arithmetic, once
+    blocks: Callable[[Sequence[str]], np.ndarray] = partial(embedder.encode_passages, progress=False)
+    for encode in [*in_turn.values(), blocks]:  # the last compares its arithmetic, once
         encode(texts[:64])
     seconds: dict[str, list[float]] = {}
     cpu_seconds: dict[str, list[float]] = {}
