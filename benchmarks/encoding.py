@@ -1,4 +1,4 @@
-"""Claims: on a CPU that multiplies in bfloat16, encoding takes at most half the CPU time of sentence-transformers and
+"""Claims: on a CPU that is faster in bfloat16, encoding takes at most half the CPU time of sentence-transformers and
 of FlagModel; in blocks on disk, it takes at most 1.02 times that of a whole list in memory; several processes give the
 same bits, and memory does not grow with the embeddings.
 
@@ -8,7 +8,7 @@ and our lengths, the whole list by sentence-transformers in our arithmetic and b
 in blocks by torchrun in `--processes`. Then fills a made-up matrix of 400,000 x 384 (614 MB) in memory and on disk,
 each in its own process, and searches it. Prints the medians and their ratios, and what each took of memory; exits with
 1 when a claim does not hold. What a second process gains is told without a claim: on one CPU it shares the cores with
-the first. Where the CPU does not multiply in bfloat16, ours is float32 as well, and the first claim is not made.
+the first. Where the CPU is not faster in bfloat16, ours is float32 as well, and the first claim is not made.
 `--openvino` encodes with an exported OpenVINO graph as well, in the arithmetic that it chooses.
 
     python benchmarks/encoding.py [--rounds 2] [--processes 2] [--texts 1500] [--length 64] [--openvino]

@@ -76,7 +76,7 @@ def test_arithmetic_that_the_machine_decides_makes_a_version_of_its_own(
     assert in_float32.manifest.recipe.settings["encode_precision"] == "float32"
     # What `auto` stands for counts, not that it was asked for.
     assert make_hard_negatives(pipeline_of(encode_precision="float32")).reused
-    cpu("avx512_bf16")
+    cpu("amx_tile amx_bf16")
     in_bfloat16 = make_hard_negatives(pipeline_of())
     assert not in_bfloat16.reused
     assert in_bfloat16.artifact.version != in_float32.version

@@ -151,18 +151,18 @@ class Embedder:
         """
         return self._encode(texts, "sentence", progress)
 
-    def compute(self, texts: Sequence[str], task: Task, precision: ResolvedPrecision | None = None) -> np.ndarray:
-        """(n,) texts -> (n, dimension) float32, unit rows: here and now, past any cache.
+    def compute(self, texts: Sequence[str], task: Task) -> np.ndarray:
+        """(n,) texts -> (n, dimension) float32, unit rows: here and now, past any cache."""
+        return self._compute_in(self.precision, texts, task)
 
-        `precision` is the embedder's where none is given.
-        """
+    def _compute_in(self, precision: ResolvedPrecision, texts: Sequence[str], task: Task) -> np.ndarray:
         encode: Any = {
             "query": self.model.encode_query,
             "document": self.model.encode_document,
             # A model may have a prompt for every text; none is asked for here.
             "sentence": functools.partial(self.model.encode, prompt=""),
         }[task]
-        with autocast(precision or self.precision, self.device):
+        with autocast(precision, self.device):
             # SentenceTransformer.encode sorts by length itself, so short texts are not padded to long ones.
             embeddings = encode(
                 list(texts), batch_size=self.batch_size, show_progress_bar=False, normalize_embeddings=True
@@ -208,7 +208,7 @@ class Embedder:
 
     def _compare(self, texts: Sequence[str], task: Task, embeddings: np.ndarray) -> None:
         rows = np.linspace(0, len(texts) - 1, min(len(texts), _COMPARED)).astype(int)
-        exact = self.compute([texts[row] for row in rows], task, "float32")
+        exact = self._compute_in("float32", [texts[row] for row in rows], task)
         # By the distance: a text without any token may be all zeros, which agree.
         lowest = 1 - float(np.square(exact - embeddings[rows]).sum(axis=1).max()) / 2
         logger.info("%s agrees with float32: lowest cosine %.5f on %d texts", self.precision, lowest, len(rows))

@@ -147,7 +147,7 @@ def test_a_checkpoint_of_other_arithmetic_is_not_taken(
     """The job says `auto` both times, as one does whose devices are known on its cluster alone."""
     info = tmp_path / "cpuinfo"
     monkeypatch.setattr(bfloat16, "CPU_INFO", info)
-    info.write_text("flags : avx512bw avx512vl avx512dq avx512_bf16\n")
+    info.write_text("flags : avx512bw avx512vl avx512dq amx_tile amx_bf16\n")
 
     def move(_: Path) -> None:
         info.write_text("flags : avx2\n")
