@@ -660,8 +660,8 @@ class TrainingSettings(Settings):
     max_grad_norm: float = Field(1.0, ge=1e-6, le=1e9, description="longer gradients are cut to this length")
     precision: Precision = Field(
         "auto",
-        description="auto: bfloat16 where the hardware has it, float16 with loss scaling on other NVIDIA GPUs, else "
-        "float32",
+        description="auto: bfloat16 where the GPU has it or the CPU is faster in it, float16 with loss scaling on "
+        "other NVIDIA GPUs, else float32",
     )
     dropout: float | None = Field(
         None, ge=0.0, lt=1.0, description="while training; unset: the base model's own. 0 saves a third of a CPU's step"
@@ -1225,7 +1225,11 @@ class PipelineSettings(Settings):
     name: Name = Field(description="prefix of the asset keys and folder in the store")
     description: str = Field("", description="shown in the Dagster UI")
     seed: int = Field(42, ge=0, lt=2**31, description="of splits, samples, fresh weights and the order of rows")
-    encode_precision: Precision = Field("auto", description="arithmetic when encoding for mining and evaluation")
+    encode_precision: Precision = Field(
+        "auto",
+        description="arithmetic when encoding for mining and evaluation; auto: bfloat16 where the GPU has it or the "
+        "CPU is faster in it, float16 on other NVIDIA GPUs, else float32",
+    )
     encode_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=1_024)] = Field(
         "auto",
         description="that encode, score and search for mining and evaluation; auto: one on a CPU, one per visible GPU "

@@ -32,6 +32,7 @@ from embed_pipeline.artifacts import (
 from embed_pipeline.champions import Champion, models_of, pair_key, pointer, read_history
 from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError, HubError
 from embed_pipeline.evaluation.guard_files import guard_digest
+from embed_pipeline.launch.cores import limit_threads
 from embed_pipeline.launch.environment import compute_as_asked
 from embed_pipeline.launch.job import Job, Site, launch_job
 from embed_pipeline.launch.nodes import NODES_FOLDER
@@ -892,6 +893,7 @@ def ranks_of(pipeline: Pipeline, launch: Launch) -> Ranks:
     from embed_pipeline.models.ranks import Ranks
 
     compute_as_asked()
+    limit_threads()
     told, site = pipeline.settings, pipeline.site
     if told.launch.elsewhere:
         site = replace(site, settings=LaunchSettings())

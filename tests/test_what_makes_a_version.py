@@ -13,8 +13,7 @@ from click.testing import CliRunner
 from embed_pipeline.artifacts import PipelineStore, Produced
 from embed_pipeline.command_line import main
 from embed_pipeline.libraries import upgrades_since
-from embed_pipeline.models import precision
-from embed_pipeline.models.precision import resolve_precision
+from embed_pipeline.models import bfloat16
 from embed_pipeline.settings import PipelineSettings
 from embed_pipeline.stages import (
     Pipeline,
@@ -52,12 +51,12 @@ def pipeline_of(tmp_path: Path, tiny_bert_folder: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Make this machine's CPU have AMX, or not."""
+    """Make this machine's CPU have instructions for bfloat16, or not."""
 
     def become(flags: str) -> None:
         (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: fpu sse avx512bw avx512vl avx512dq {flags}\n")
 
-    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(bfloat16, "CPU_INFO", tmp_path / "cpuinfo")
     return become
 
 
@@ -67,13 +66,6 @@ def upgraded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(
         importlib.metadata, "version", lambda name: "9.9.9" if name == "transformers" else version(name)
     )
-
-
-def test_a_cpu_is_taken_for_what_torch_takes_it_for() -> None:
-    import torch
-
-    has_both = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_amx_tile_supported()
-    assert resolve_precision("auto", "cpu") == ("bfloat16" if has_both else "float32")
 
 
 def test_arithmetic_that_the_machine_decides_makes_a_version_of_its_own(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -14,8 +13,11 @@ import torch
 from torch.distributed import FileStore, distributed_c10d
 
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.launch.cores import usable_cores
 from embed_pipeline.launch.parent_death import die_with_parent
 from embed_pipeline.models.precision import default_device
+
+logger = logging.getLogger(__name__)
 
 RANKS_FILE_VARIABLE = "EMBED_PIPELINE_RANKS_FILE"  # where the ranks of a job meet; `launch.rendezvous` sets it
 
@@ -60,10 +62,12 @@ def take_place(world_size: int) -> Place:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     # Sums may depend on how they are divided over threads: decide it here, not by whoever starts the process.
-    threads = max(1, _usable_cores() // local_size)
+    cores = usable_cores()
+    threads = max(1, cores.threads // local_size)
     torch.set_num_threads(threads)
+    logger.info("computing with %d threads in each of %d processes of this machine: %s", threads, local_size, cores)
     if "LOCAL_RANK" in os.environ:
-        # accelerate would set the machine's physical cores instead, where a process may use fewer.
+        # accelerate would set the machine's physical cores instead, of which a process may have fewer.
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     return Place(rank, world_size, device, threads)
 
@@ -115,9 +119,3 @@ def device_of(kind: str, local_rank: int, gpus: int) -> str:
             "CUDA_VISIBLE_DEVICES"
         )
     return f"cuda:{local_rank}"
-
-
-def _usable_cores() -> int:
-    with contextlib.suppress(AttributeError):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

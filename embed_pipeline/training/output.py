@@ -46,6 +46,7 @@ class Summary:
     tf32: bool  # for what stays float32
     loader_processes: int  # of each process; 0: it loads its rows itself
     pinned_memory: bool
+    bfloat16_speedup: float | None  # over float32, of products as measured on this machine; on a CPU
     threads: int
     seed: int
     batch_size: int  # that was trained with: find_batch_size may have found a smaller one

@@ -93,7 +93,7 @@ def train(
         trainer.add_callback(checkpoints)
         resume_from = checkpoints.resume()
         steps_before, seconds_before = checkpoints.steps_before, checkpoints.seconds_before
-    habits = in_force(trainer.args, prepared.model)
+    habits = in_force(trainer.args, prepared.model, rank.hardware)
     logger.info("training in %s", habits.told(rank.precision, rank.device))
     forecast = None
     with plain_memory_errors(job):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import random
 import threading
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
 
 from embed_pipeline.errors import ModelError, TrainingError
 from embed_pipeline.launch.job import Job, launch_job
@@ -104,6 +107,44 @@ def test_two_processes_give_the_bits_of_one(tmp_path: Path, tiny_bert_folder: Pa
     for result, expected in zip(found, search(asked[3:], passages, 12), strict=True):
         np.testing.assert_array_equal(result, expected)
     assert not list((tmp_path / "two").glob("search-*"))
+
+
+def test_arithmetic_that_is_too_coarse_for_a_model_is_refused(
+    tmp_path: Path, tiny_bert_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = made_up(20)
+    fine = Embedder(tiny_bert_folder, precision="bfloat16", ranks=Ranks(tmp_path / "fine"))
+    with caplog.at_level(logging.INFO):
+        fine.encode_queries(texts, progress=False)
+        fine.encode_passages(texts, progress=False)
+    assert caplog.text.count("bfloat16 agrees with float32: lowest cosine") == 1
+    model = SentenceTransformer(str(tiny_bert_folder), device="cpu")
+    with torch.no_grad():
+        for layer in model[0].auto_model.encoder.layer:
+            # Small differences of large numbers, which bfloat16 rounds to multiples of 8; the rest cancels out.
+            layer.intermediate.dense.bias += 1_000
+            layer.output.dense.weight -= layer.output.dense.weight.mean(dim=1, keepdim=True)
+            layer.output.dense.weight *= 1_000
+    model.save_pretrained(str(tmp_path / "coarse"))
+    coarse = Embedder(tmp_path / "coarse", precision="bfloat16", ranks=Ranks(tmp_path / "none"))
+    with pytest.raises(ModelError, match=r"bfloat16 is too coarse for the model in .*coarse: an embedding has cosine"):
+        coarse.encode_queries(texts, progress=False)
+    assert not list((tmp_path / "none").rglob("*.npy"))
+    Embedder(tmp_path / "coarse", precision="float32").encode_queries(texts, progress=False)
+
+
+def test_what_was_computed_in_one_arithmetic_is_not_found_in_another(tmp_path: Path, tiny_bert_folder: Path) -> None:
+    texts = made_up(20)
+    pairs = list(zip(texts, reversed(texts), strict=True))
+    for precision in ("float32", "bfloat16"):
+        alone = Embedder(tiny_bert_folder, precision=precision).encode_passages(texts, progress=False)
+        kept = Embedder(tiny_bert_folder, precision=precision, ranks=Ranks(tmp_path))
+        np.testing.assert_array_equal(kept.encode_passages(texts, progress=False), alone)
+        np.testing.assert_allclose(np.sum(alone * alone, axis=1), 1.0, atol=1e-5)
+        scorer = Reranker(tiny_bert_folder, precision=precision, seed=5, ranks=Ranks(tmp_path))
+        scored = Reranker(tiny_bert_folder, precision=precision, seed=5).score(pairs, progress=False)
+        np.testing.assert_array_equal(scorer.score(pairs, progress=False), scored)
+    assert len(list(tmp_path.rglob("*.npy"))) == 4
 
 
 @pytest.mark.usefixtures("small_blocks")

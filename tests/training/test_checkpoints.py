@@ -22,6 +22,7 @@ from test_one_process import KINDS, same_weights
 from embed_pipeline.artifacts import sha256_of
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.launch.job import Site, launch_job
+from embed_pipeline.models import bfloat16
 from embed_pipeline.settings import ExtraSourceSettings, LaunchSettings
 from embed_pipeline.training.callbacks import Reporting
 from embed_pipeline.training.checkpoints import Checkpoints
@@ -134,6 +135,28 @@ def test_only_whole_checkpoints_of_the_same_job_are_used(
     assert "step-9 is not used: it was written by another job" in caplog.text
     assert "step-6 is not used: weights.pt is not what was written" in caplog.text
     assert "going on after step 4" in caplog.text
+
+
+def test_a_checkpoint_of_other_arithmetic_is_not_taken(
+    train_here: Callable[..., Trained],
+    interrupted: Callable[..., Trained],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The job says `auto` both times, as one does whose devices are known on its cluster alone."""
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr(bfloat16, "CPU_INFO", info)
+    info.write_text("flags : avx512bw avx512vl avx512dq amx_tile amx_bf16\n")
+
+    def move(_: Path) -> None:
+        info.write_text("flags : avx2\n")
+
+    settings = {"precision": "auto", "max_steps": 10, **ALWAYS}
+    moved = interrupted("embedder", 8, between=move, **settings)
+    assert "step-4 is not used: it was written by another job" in caplog.text
+    assert moved.summary["precision"] == "float32"
+    assert same_weights(moved, train_here("embedder", **settings))
 
 
 def forge(checkpoint: Path, name: str, content: bytes) -> None:

@@ -81,6 +81,9 @@ def test_what_is_in_force_stands_in_the_log_and_the_summary(
     with caplog.at_level(logging.INFO):
         trained = train_here("embedder", max_steps=1, arguments={"optim": "adafactor"})
     assert "training in float32 on cpu, adafactor, attention: eager" in caplog.text
+    speedup = trained.summary["bfloat16_speedup"]
+    assert f"products here are {speedup:.1f} times as fast in bfloat16 as in float32" in caplog.text
+    assert f"computing with {trained.summary['threads']} threads in each of 1 processes of this machine" in caplog.text
     in_force = {"optimizer": "adafactor", "attention": "eager", "tf32": False, "loader_processes": 0}
     assert in_force.items() <= trained.summary.items()
 
