@@ -69,8 +69,7 @@ def search(
             asked = _tensor(queries[group]).to(device)
             values, found = _candidates(asked, passages, kept, queries_per_step, passages_per_step, bar)
             exact = _exact(asked, passages, found)
-            found, exact = (result[:, :k].cpu().numpy() for result in _in_order(found, exact))
-            indices[group], scores[group] = found, exact
+            indices[group], scores[group] = (result[:, :k].cpu().numpy() for result in _in_order(found, exact))
             if kept < len(passages):
                 crowded = (values[:, -1] >= values[:, k - 1] - 2 * _ROUNDING).nonzero()[:, 0].tolist()
                 for row in crowded:
@@ -153,7 +152,7 @@ def _whole_float32() -> Iterator[None]:
     A training on a GPU allows TF32, and encoding on a CPU may allow bfloat16. Either is wrong by far more than
     `_ROUNDING`, so passages would be missed.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
