@@ -56,6 +56,7 @@ def wide(minilm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("wide")
+    (folder / "problem").mkdir()
     problem: Problem = write_problem(folder / "problem")
     passages = pq.read_table(problem.cleaned_pairs / tables.PASSAGES_FILE)
     texts = pa.array([f"{text} " * 50 for text in passages["text"].to_pylist()])
