@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -324,14 +324,15 @@ def our_command(name: str, processes: int, settings: Settings, rows: list[Row], 
     return torchrun_command("training_speed", job.write(folder / "job.json"), processes)
 
 
-def write_tables(rows: list[Row], folder: Path) -> None:
-    """The rows as cleaning and mining leave them."""
+def write_tables(rows: list[Row], folder: Path, more: Sequence[str] = ()) -> None:
+    """The rows as cleaning and mining leave them. `more` are further passages, whether rows have them or not."""
     import pyarrow as pa
 
     from embed_pipeline import tables
 
-    texts = {text: f"p{i}" for i, text in enumerate(dict.fromkeys(t for r in rows for t in (r.positive, *r.negatives)))}
-    folder.mkdir()
+    named = [*more, *(text for row in rows for text in (row.positive, *row.negatives))]
+    texts = {text: f"p{number}" for number, text in enumerate(dict.fromkeys(named))}
+    folder.mkdir(parents=True)
     ids = [f"q{i:06}" for i in range(len(rows))]
     contents: dict[str, tuple[pa.Schema, dict[str, list[Any]]]] = {
         tables.QUERIES_FILE: (
