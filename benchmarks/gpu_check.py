@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 GOAL = 0.45  # of the peak, training at base size
 WARM_UP = 5  # steps that are not counted
-NOTES = "GPU_CHECK_NOTES"  # environment of a training: where it notes what its steps took
+NOTES = "EMBED_PIPELINE_GPU_CHECK_NOTES"  # environment of a training: where it notes what its steps took
 QUERY_TOKENS = 16
 HEAD = 64  # dimensions, at all of BERT's sizes
 

@@ -43,7 +43,10 @@ GOAL, GOAL_GROUPED = 1.0, 1.3  # times the library's speed
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 WARM_UP = 2  # steps that are not counted
-MODULE, NOTES = "TIMED_MODULE", "TIMED_NOTES"  # environment of a timed process: what to run, where to note the times
+MODULE, NOTES = (
+    "EMBED_PIPELINE_TIMED_MODULE",
+    "EMBED_PIPELINE_TIMED_NOTES",
+)  # environment of a timed process: what to run, where to note the times
 OURS = {kind: f"embed_pipeline.training.{kind}" for kind in ("embedder", "reranker")}
 FLAG_EMBEDDING = {
     "embedder": "FlagEmbedding.finetune.embedder.encoder_only.base",
