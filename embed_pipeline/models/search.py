@@ -160,7 +160,9 @@ def _whole_float32() -> Iterator[None]:
         yield
     finally:
         for backend, allowed in zip(backends, before, strict=True):
-            backend.fp32_precision = allowed
+            backend.fp32_precision = "none"  # what stands above it in torch.backends, which may change later
+            if backend.fp32_precision != allowed:
+                backend.fp32_precision = allowed
 
 
 def _candidates(

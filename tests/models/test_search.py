@@ -117,6 +117,19 @@ def test_products_are_whole_whatever_the_process_allows_for_its_model() -> None:
     np.testing.assert_array_equal(scores, expected_scores)
 
 
+def test_a_search_leaves_torchs_settings_as_they_are() -> None:
+    matrix = unit(np.random.default_rng(0).normal(size=(3, 8)))
+    before = torch.backends.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "none"  # another test may have asked for something
+    try:
+        for allowed in ("tf32", "ieee"):
+            torch.backends.fp32_precision = allowed
+            search(matrix, matrix, 2, device="cpu")
+            assert torch.backends.cuda.matmul.fp32_precision == allowed
+    finally:
+        torch.backends.fp32_precision = before
+
+
 def test_queries_in_several_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(4)
     queries, corpus = unit(draw.normal(size=(50, 24))), unit(draw.normal(size=(300, 24)))
