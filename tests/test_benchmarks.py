@@ -51,6 +51,7 @@ def test_only_what_stands_between_the_marks_is_replaced(run_all: ModuleType) -> 
         run_all.with_table("no marks", "new")
 
 
+@pytest.mark.slow
 def test_the_gpu_check_runs_without_a_gpu(tmp_path: Path) -> None:
     """All but the tests, which are skipped here."""
     figures = tmp_path / "figures.json"
