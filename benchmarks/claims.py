@@ -41,7 +41,7 @@ def write(path: Path, claims: Sequence[Claim], measured: Any, *, quick: bool) ->
 
 
 def sentence(claim: Claim) -> str:
-    bound = f"{'at most' if claim.at_most else 'at least'} {claim.goal:g}"
+    bound = f"{'at most' if claim.at_most else 'at least'} {claim.goal:.3g}"
     return f"{claim.what}: {claim.ratio:.2f} (claim: {bound}, {'holds' if claim.holds else 'does not hold'})"
 
 

@@ -289,6 +289,7 @@ def torchrun(processes: int) -> list[str]:
 
 
 def our_command(name: str, processes: int, settings: Settings, rows: list[Row], folder: Path) -> list[str]:
+    from embed_pipeline import tables
     from embed_pipeline.launch.torchrun import torchrun_command
     from embed_pipeline.settings import EmbedderSettings, RerankerSettings
     from embed_pipeline.training.job import EmbedderJob, RerankerJob
@@ -322,7 +323,7 @@ def our_command(name: str, processes: int, settings: Settings, rows: list[Row], 
     else:
         grouped = {"batch_sampler": "group_by_length"} if settings.comparison == "grouped" else {}
         reranker = RerankerSettings.model_validate({**chosen, **lengths, **grouped})
-        candidates = tables_folder / "candidates.parquet"
+        candidates = tables_folder / tables.CANDIDATES_FILE
         job = RerankerJob(settings=reranker, dev_candidates=candidates, **common)
     return torchrun_command("training_speed", job.write(folder / "job.json"), processes)
 
@@ -377,7 +378,8 @@ def write_tables(rows: list[Row], folder: Path, more: Sequence[str] = ()) -> Non
     }
     for file, (schema, columns) in contents.items():
         tables.write(pa.table(columns, schema=schema), schema, folder / file)
-    tables.write(tables.WITHHELD.empty_table(), tables.WITHHELD, folder / tables.WITHHELD_FILE)
+    for file, schema in ((tables.WITHHELD_FILE, tables.WITHHELD), (tables.CANDIDATES_FILE, tables.CANDIDATES)):
+        tables.write(schema.empty_table(), schema, folder / file)
 
 
 def plain_command(name: str, processes: int, settings: Settings, rows: list[Row], folder: Path) -> list[str]:
