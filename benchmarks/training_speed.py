@@ -230,6 +230,8 @@ def measure(name: str, processes: int, settings: Settings, rows: list[Row], fold
         "PYTHONPATH": os.pathsep.join([str(HERE), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         "HF_HUB_OFFLINE": "1",
         "MLFLOW_RUN_ID": "",
+        # Ours takes its share of the cores by itself. Without this the others take what the shell says, or one.
+        "OMP_NUM_THREADS": str(max(1, len(psutil.Process().cpu_affinity()) // processes)),
     }
     if settings.device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
