@@ -11,10 +11,10 @@ export TOKENIZERS_PARALLELISM ?= false
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow mutation docs ui mlflow clean
+.PHONY: help setup demo test test-slow gpu-check benchmarks mutation docs ui mlflow clean
 
 help:  ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## create .venv with the tested versions
 
@@ -35,6 +35,12 @@ test: setup  ## lint, type check and test
 
 test-slow: setup  ## the tests that take longer than a minute each (CI runs them after `make test`)
 	$(BIN)/python -m pytest -m slow --durations 30 $(IN_PARALLEL)
+
+gpu-check: setup  ## on a machine with an NVIDIA GPU: its tests, its speed and its memory (five minutes)
+	$(BIN)/python benchmarks/gpu_check.py
+
+benchmarks: setup  ## measure every claim, and write the table of benchmarks/README.md anew (two hours, alone)
+	$(BIN)/python benchmarks/run_all.py $(if $(INTENTS),--intents $(INTENTS))
 
 mutation: setup  ## MODULE=evaluation.gate: which bugs put into it do its tests miss? (several minutes)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutation]'

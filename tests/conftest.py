@@ -25,9 +25,23 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests run on the CPU, whose figures they know. Those that `-m gpu` asks for see one GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible if config.option.markexpr == "gpu" else ""
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A crash of the interpreter leaves its trace: a training in this process (torch's `record`) took it for itself,
-    into the captured output that is lost with the process."""
+    """Skip what needs a GPU where there is none.
+
+    A crash of the interpreter leaves its trace: a training in this process (torch's `record`) took it for itself, into
+    the captured output that is lost with the process.
+    """
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU, and `-m gpu`: run `make gpu-check` on a machine that has one")
     if fault_handler_stderr_fd_key in item.config.stash:
         faulthandler.enable(file=item.config.stash[fault_handler_stderr_fd_key])
 

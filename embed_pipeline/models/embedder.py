@@ -14,7 +14,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from embed_pipeline.errors import ModelError
-from embed_pipeline.models.blocks import BATCH_SIZE
+from embed_pipeline.models.blocks import BATCH_SIZE, batch_size_of
 from embed_pipeline.models.folder import usable_length
 from embed_pipeline.models.job import EncodingJob, Task
 from embed_pipeline.models.padding import set_padding
@@ -110,18 +110,18 @@ class Embedder:
         device: str | None = None,
         trust_remote_code: bool = False,
         ranks: Ranks = ALONE,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
     ) -> None:
         self.device = device or default_device()
         self.precision = resolve_precision(precision, self.device)
         self.folder = folder
-        self.batch_size = batch_size
         self.ranks = ranks
         self.model = load_sentence_transformer(
             folder, encoding, device=self.device, trust_remote_code=trust_remote_code
         )
         self.model.eval()
         self.encoding = encoding_of(self.model)
+        self.batch_size = batch_size or batch_size_of(self.device, self.encoding.passage_max_length)
         self._asked_encoding, self._trust_remote_code = encoding, trust_remote_code
         self._digest: str | None = None
         self._compared = self.precision == "float32"

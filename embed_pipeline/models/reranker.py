@@ -11,7 +11,7 @@ import torch
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modules import Transformer
 
-from embed_pipeline.models.blocks import BATCH_SIZE, Texts
+from embed_pipeline.models.blocks import BATCH_SIZE, Texts, batch_size_of
 from embed_pipeline.models.folder import usable_length, writes_text
 from embed_pipeline.models.job import ScoringJob
 from embed_pipeline.models.padding import set_padding
@@ -63,12 +63,12 @@ class Reranker:
         device: str | None = None,
         trust_remote_code: bool = False,
         ranks: Ranks = ALONE,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
         seed: int | None = None,
     ) -> None:
         self.device = device or default_device()
         self.precision = resolve_precision(precision, self.device)
-        self.folder, self.ranks, self.batch_size, self.seed = folder, ranks, batch_size, seed
+        self.folder, self.ranks, self.seed = folder, ranks, seed
         limit = usable_length(folder)
         if max_length is not None and limit is not None and max_length > limit:
             logger.warning(
@@ -81,6 +81,7 @@ class Reranker:
         self.model = load_cross_encoder_folder(folder, device=self.device, trust_remote_code=trust_remote_code)
         if max_length is not None:
             self.model.max_seq_length = max_length
+        self.batch_size = batch_size or batch_size_of(self.device, self.model.max_seq_length)
         self.model.eval()
         self._digest: str | None = None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ _SPARE = 32
 # Rounding of a float32 product of two unit vectors; measured below 1e-6 up to 4,096 dimensions.
 _ROUNDING = 1e-5
 _PAIRS_PER_STEP = 32_768
+# Candidates of a group of queries, which stay on the device until the group is done: 100 MB of values and row numbers.
+_CANDIDATES_PER_GROUP = 8_388_608
 _ROWS_PER_LOOK = 65_536
 _QUERIES_PER_MERGE = 8_192
 _SHARE_FILES = ("indices-{}.npy", "scores-{}.npy")
@@ -42,8 +45,8 @@ def search(
 
     Candidates come from blocked float32 products, whose last bits depend on the shape of a block; their scores are
     then computed again one pair at a time in float64 (`pair_scores`), so neither the order nor the scores depend on
-    the block sizes, on the other queries or on the machine. Memory beyond the inputs, which may be memory-mapped: one
-    block of products (128 MB by default) and n * (k + 32) candidates.
+    the block sizes, on the other queries or on the machine. Memory beyond the inputs, which may be memory-mapped, and
+    the results: one block of products (128 MB by default), and 8 million candidates with their order (300 MB).
 
     Raises ModelError when an embedding is not finite.
     """
@@ -52,19 +55,26 @@ def search(
     device = device or default_device()
     k = min(top_k, len(passages))
     kept = min(k + _SPARE, len(passages))
-    values, found = _candidates(queries, passages, kept, queries_per_step, passages_per_step, device, progress)
-    exact = _exact(queries, passages, found, device)
     indices = np.empty((len(queries), k), dtype=np.int64)
     scores = np.empty((len(queries), k), dtype=np.float32)
-    for start in range(0, len(queries), queries_per_step):
-        step = slice(start, start + queries_per_step)
-        order = np.lexsort((found[step], -exact[step]), axis=1)[:, :k]
-        indices[step] = np.take_along_axis(found[step], order, axis=1)
-        scores[step] = np.take_along_axis(exact[step], order, axis=1)
-    if kept < len(passages) and k:
-        crowded = np.flatnonzero(values[:, -1] >= values[:, k - 1] - 2 * _ROUNDING)
-        for row in crowded:
-            indices[row], scores[row] = _search_one(queries[row], passages, values[row, k - 1], k, device)
+    if not k:
+        return indices, scores
+    # A group's queries and candidates stay on the device, and passages come to it block by block: the other way round,
+    # a GPU would wait for copies of candidates most of the time.
+    size = max(queries_per_step, _CANDIDATES_PER_GROUP // kept)
+    blocks = -(-len(queries) // size) * -(-len(passages) // passages_per_step)
+    with tqdm(total=blocks, desc="search", disable=not progress, unit="block") as bar, _whole_float32():
+        for start in range(0, len(queries), size):
+            group = slice(start, start + size)
+            asked = _tensor(queries[group]).to(device)
+            values, found = _candidates(asked, passages, kept, queries_per_step, passages_per_step, bar)
+            exact = _exact(asked, passages, found)
+            indices[group], scores[group] = (result[:, :k].cpu().numpy() for result in _in_order(found, exact))
+            if kept < len(passages):
+                crowded = (values[:, -1] >= values[:, k - 1] - 2 * _ROUNDING).nonzero()[:, 0].tolist()
+                for row in crowded:
+                    kth = float(values[row, k - 1])
+                    indices[start + row], scores[start + row] = _search_one(queries[start + row], passages, kth, k)
     return indices + first_passage, scores
 
 
@@ -116,60 +126,95 @@ def pair_scores(
     device: str | None = None,
 ) -> np.ndarray:
     """Dot products of given pairs, summed in float64 and rounded once: (p,) row numbers twice -> (p,) float32."""
-    device = device or default_device()
-    # Apple's GPUs have no float64.
-    device = "cpu" if device.startswith("mps") else device
+    device = _with_float64(device or default_device())
     scores = np.empty(len(query_rows), dtype=np.float32)
     for start in range(0, len(query_rows), _PAIRS_PER_STEP):
         step = slice(start, start + _PAIRS_PER_STEP)
-        left = torch.from_numpy(queries[query_rows[step]]).to(device).double()
-        right = torch.from_numpy(passages[passage_rows[step]]).to(device).double()
-        scores[step] = (left * right).sum(dim=1).float().cpu().numpy()
+        left = torch.from_numpy(queries[query_rows[step]]).to(device)
+        right = torch.from_numpy(passages[passage_rows[step]]).to(device)
+        scores[step] = _dots(left, right).cpu().numpy()
     return scores
 
 
+def _dots(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """(p, d) twice -> (p,) float32, summed in float64."""
+    return (left.double() * right.double()).sum(dim=1).float()
+
+
+def _with_float64(device: str) -> str:
+    return "cpu" if device.startswith("mps") else device  # Apple's GPUs have no float64
+
+
+@contextlib.contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Products in float32, whatever this process allows for its model.
+
+    A training on a GPU allows TF32, and encoding on a CPU may allow bfloat16. Either is wrong by far more than
+    `_ROUNDING`, so passages would be missed.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.fp32_precision = "none"  # what stands above it in torch.backends, which may change later
+            if backend.fp32_precision != allowed:
+                backend.fp32_precision = allowed
+
+
 def _candidates(
-    queries: np.ndarray,
-    passages: np.ndarray,
-    kept: int,
-    queries_per_step: int,
-    passages_per_step: int,
-    device: str,
-    progress: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The `kept` best by float32 products: values (n, kept) and passage indices (n, kept), best first."""
-    values = np.full((len(queries), kept), -np.inf, dtype=np.float32)
-    found = np.zeros((len(queries), kept), dtype=np.int64)
-    # Passages outside, so that each block of them travels to the device once.
-    for first in tqdm(range(0, len(passages), passages_per_step), "search", disable=not progress, unit="block"):
-        block = _tensor(passages[first : first + passages_per_step]).to(device).T
+    queries: torch.Tensor, passages: np.ndarray, kept: int, queries_per_step: int, passages_per_step: int, bar: tqdm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `kept` best by float32 products: values (n, kept) and passage indices (n, kept), best first, on the device
+    of the queries."""
+    values = queries.new_full((len(queries), kept), -torch.inf)
+    found = torch.zeros((len(queries), kept), dtype=torch.int64, device=queries.device)
+    for first in range(0, len(passages), passages_per_step):
+        block = _tensor(passages[first : first + passages_per_step]).to(queries.device).T
         for start in range(0, len(queries), queries_per_step):
             step = slice(start, start + queries_per_step)
-            products = _tensor(queries[step]).to(device) @ block
-            best, at = torch.topk(products, min(kept, block.shape[1]), dim=1)
-            both = torch.cat([torch.from_numpy(values[step]).to(device), best], dim=1)
-            where = torch.cat([torch.from_numpy(found[step]).to(device), at + first], dim=1)
-            merged, chosen = torch.topk(both, kept, dim=1)
-            values[step] = merged.cpu().numpy()
-            found[step] = where.gather(1, chosen).cpu().numpy()
+            best, at = torch.topk(queries[step] @ block, min(kept, block.shape[1]), dim=1)
+            both = torch.cat([values[step], best], dim=1)
+            where = torch.cat([found[step], at + first], dim=1)
+            values[step], chosen = torch.topk(both, kept, dim=1)
+            found[step] = where.gather(1, chosen)
+        bar.update()
     return values, found
 
 
-def _exact(queries: np.ndarray, passages: np.ndarray, found: np.ndarray, device: str) -> np.ndarray:
-    rows, wanted = np.repeat(np.arange(len(found)), found.shape[1]), found.reshape(-1)
-    # In the order of the passages: where these lie on disk, they are read once from front to back.
-    order = np.argsort(wanted, kind="stable")
-    exact = np.empty(len(wanted), dtype=np.float32)
-    exact[order] = pair_scores(queries, passages, rows[order], wanted[order], device=device)
+def _exact(queries: torch.Tensor, passages: np.ndarray, found: torch.Tensor) -> torch.Tensor:
+    """The score of every candidate: (n, kept) float32."""
+    device = _with_float64(str(queries.device))
+    queries, found = queries.to(device), found.to(device)
+    # In the order of the passages: a step then needs neighbouring ones, which a GPU, or a disk, gives in one piece.
+    wanted, order = found.reshape(-1).sort(stable=True)
+    exact = torch.empty(len(wanted), device=device)
+    for start in range(0, len(wanted), _PAIRS_PER_STEP):
+        step = slice(start, start + _PAIRS_PER_STEP)
+        rows, pairs = wanted[step], order[step]
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first < 2 * len(rows):
+            right = _tensor(passages[first : last + 1]).to(device)[rows - first]
+        else:
+            right = torch.from_numpy(passages[rows.cpu().numpy()]).to(device)
+        exact[pairs] = _dots(queries[pairs // found.shape[1]], right)
     return exact.reshape(found.shape)
 
 
-def _search_one(
-    query: np.ndarray, passages: np.ndarray, kth: float, k: int, device: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _in_order(found: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row by falling score, equal ones by rising passage index."""
+    found, by_index = found.to(exact.device).sort(dim=1)
+    exact, by_score = exact.gather(1, by_index).sort(dim=1, descending=True, stable=True)
+    return found.gather(1, by_score), exact
+
+
+def _search_one(query: np.ndarray, passages: np.ndarray, kth: float, k: int) -> tuple[np.ndarray, np.ndarray]:
     """One query of which more passages than were kept score like its k-th."""
     near = np.flatnonzero(passages @ query >= kth - 2 * _ROUNDING)
-    exact = pair_scores(query[None], passages, np.zeros(len(near), dtype=np.int64), near, device=device)
+    exact = pair_scores(query[None], passages, np.zeros(len(near), dtype=np.int64), near, device="cpu")
     order = np.lexsort((near, -exact))[:k]
     return near[order], exact[order]
 

@@ -36,8 +36,8 @@ def arguments_of(hardware: Hardware) -> dict[str, Any]:
 
     `models.precision` and, for a CPU's attention, `modules.set_up_for_training` decide the rest. Left to the libraries,
     because theirs are what one would choose: fused AdamW, pinned memory, and on GPUs scaled-dot-product attention,
-    which runs flash kernels. Rows are the same however many processes load them: samplers draw in the rank itself, and
-    SeededRows draws by row.
+    which runs in one kernel: flash attention, or torch's memory-efficient one where texts are padded. Rows are the same
+    however many processes load them: samplers draw in the rank itself, and SeededRows draws by row.
     """
     if not hardware.device.startswith("cuda"):
         return {}

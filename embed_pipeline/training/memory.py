@@ -39,10 +39,13 @@ def held_memory(device: str) -> int:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that could still be had: on the GPU, or within the machine, its swap and every control group around us."""
+    """Bytes that could still be had: on the GPU, within the share of it that torch was given
+    (`torch.cuda.set_per_process_memory_fraction`), or within the machine, its swap and every control group around us.
+    """
     if device.startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return min(free + torch.cuda.memory_reserved(device), share) - torch.cuda.memory_allocated(device)
     of_machine = psutil.virtual_memory().available + psutil.swap_memory().free
     return min([of_machine, *_left_in_groups(_GROUPS, Path("/proc/self/cgroup"))])
 

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,3 +98,45 @@ def test_not_finite_is_an_error() -> None:
         search(corpus, broken, 2)
     with pytest.raises(ModelError, match="embeddings of queries"):
         search(broken, corpus, 2)
+
+
+def test_products_are_whole_whatever_the_process_allows_for_its_model() -> None:
+    """2,000 passages whose scores differ in the fourth digit: bfloat16 and TF32 round by more."""
+    draw = np.random.default_rng(3)
+    corpus = unit(draw.normal(size=(1, 64)) + draw.normal(size=(2_000, 64)) / 1_000)
+    queries = unit(draw.normal(size=(5, 64)))
+    torch.set_float32_matmul_precision("medium")
+    allowed = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        indices, scores = search(queries, corpus, 10, device="cpu")
+        assert allowed == (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    expected_indices, expected_scores = sorted_out(queries, corpus, 10)
+    np.testing.assert_array_equal(indices, expected_indices)
+    np.testing.assert_array_equal(scores, expected_scores)
+
+
+def test_a_search_leaves_torchs_settings_as_they_are() -> None:
+    matrix = unit(np.random.default_rng(0).normal(size=(3, 8)))
+    before = torch.backends.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "none"  # another test may have asked for something
+    try:
+        for allowed in ("tf32", "ieee"):
+            torch.backends.fp32_precision = allowed
+            search(matrix, matrix, 2, device="cpu")
+            assert torch.backends.cuda.matmul.fp32_precision == allowed
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def test_queries_in_several_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(4)
+    queries, corpus = unit(draw.normal(size=(50, 24))), unit(draw.normal(size=(300, 24)))
+    corpus[100:200] = corpus[7]  # more equal ones than candidates are kept
+    queries[13] = corpus[7]
+    whole = search(queries, corpus, 10, queries_per_step=8)
+    monkeypatch.setattr("embed_pipeline.models.search._CANDIDATES_PER_GROUP", 500)
+    for found, expected in zip(search(queries, corpus, 10, queries_per_step=8), whole, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert whole[0][13].tolist() == [7, *range(100, 109)]
