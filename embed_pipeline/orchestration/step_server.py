@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import os
+import signal
 from collections.abc import Sequence
 
 import dagster as dg
@@ -56,3 +57,6 @@ def _import_in_advance(modules: Sequence[str]) -> None:
 
 
 prepare()
+# Where a service is stopped, its processes are all told at once: the server stays to tell the run how its steps end,
+# and ends with it.
+signal.signal(signal.SIGTERM, lambda *_: None)
