@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import logging
 import os
 import signal
 from collections.abc import Sequence
@@ -41,19 +42,26 @@ def prepare() -> None:
     for command in importlib.metadata.entry_points(group="console_scripts", name="dagster"):
         with contextlib.suppress(Exception):
             command.load()
-    _import_in_advance(PICTURES)
+    _import(PICTURES)
     with contextlib.suppress(Exception):
         if is_smoke_test():
-            _import_in_advance(COMPUTING)
+            _import_what_computes()
 
 
-def _import_in_advance(modules: Sequence[str]) -> None:
+def _import_what_computes() -> None:
+    """Some libraries look at what overrules their arithmetic when they are imported; the step tells what it ignores."""
     given = dict(os.environ)
-    compute_as_asked()  # some libraries look at what overrules their arithmetic when they are imported
+    logging.disable(logging.WARNING)
+    compute_as_asked()
+    logging.disable(logging.NOTSET)
+    _import(COMPUTING)
+    os.environ.update(given)
+
+
+def _import(modules: Sequence[str]) -> None:
     for module in modules:
         with contextlib.suppress(Exception):
             importlib.import_module(module)
-    os.environ.update(given)  # the step tells what it ignores
 
 
 prepare()
