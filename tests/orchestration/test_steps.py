@@ -27,7 +27,7 @@ with Path(__file__).with_name("loads.txt").open("a") as loads:
 """
 # Imports what the server imports, with everything watched that a fork would not survive.
 WATCHED = """
-import json, os, sys, threading
+import json, os, signal, sys, threading
 import torch
 
 asked = []
@@ -35,6 +35,7 @@ for name in ("is_available", "device_count", "_lazy_init"):
     setattr(torch.cuda, name, lambda *_, _name=name, _own=getattr(torch.cuda, name): asked.append(_name) or _own())
 import embed_pipeline.orchestration.step_server
 
+os.kill(os.getpid(), signal.SIGTERM)  # as all processes of a service are told to stop: the run ends the server
 print(json.dumps({
     "asked": asked,
     "threads": threading.active_count(),
