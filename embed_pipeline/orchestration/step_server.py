@@ -19,13 +19,13 @@ from collections.abc import Sequence
 import dagster as dg
 
 from embed_pipeline import definitions
-from embed_pipeline.artifacts import is_smoke_test
+from embed_pipeline.artifacts import pipelines_in, store_root
 from embed_pipeline.launch.environment import compute_as_asked
 
 # What a step needs that finds everything made already: it draws its pictures again.
 PICTURES = ("embed_pipeline.mining.plot", "embed_pipeline.training.plot", "embed_pipeline.evaluation.report")
-# What computes. Importing it takes longer than a run with nothing to do may take, so only a smoke test, in which every
-# stage computes for a moment, imports it in advance.
+# What computes. Importing it takes longer than the whole of a run with nothing to do, so only the first run of a store,
+# in which every stage computes, imports it in advance.
 COMPUTING = (
     *("embed_pipeline.cleaning.sources", "embed_pipeline.mining.mine", "embed_pipeline.evaluation.evaluate"),
     *("datasketch", "mlflow", "pandas", "peft"),
@@ -44,7 +44,7 @@ def prepare() -> None:
             command.load()
     _import(PICTURES)
     with contextlib.suppress(Exception):
-        if is_smoke_test():
+        if not any(store.has_current("evaluation") for store in pipelines_in(store_root())):
             _import_what_computes()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from embed_pipeline.artifacts import Made, Recipe, RunIds
 from tests.orchestration.conftest import SmallPipeline
 
 MakePipeline = Callable[..., SmallPipeline]
@@ -91,12 +92,13 @@ def test_a_run_may_ask_for_another_start(start: str, make_pipeline: MakePipeline
     assert (steps == []) == (start == "in_process")
 
 
-@pytest.mark.parametrize("smoke_test", ["1", "0"])
-def test_the_server_starts_no_thread_and_asks_for_no_gpu(
-    smoke_test: str, tmp_path: Path, make_pipeline: MakePipeline
-) -> None:
-    make_pipeline()
-    environment = {**os.environ, "EMBED_PIPELINE_SMOKE_TEST": smoke_test, "ATEN_CPU_CAPABILITY": "default"}
+@pytest.mark.parametrize("first", [True, False])
+def test_the_server_starts_no_thread_and_asks_for_no_gpu(first: bool, make_pipeline: MakePipeline) -> None:
+    small = make_pipeline()
+    if not first:
+        recipe = Recipe(inputs={}, settings={}, seed=1, code_version="1")
+        small.store.produce("evaluation", recipe, [], lambda _: Made({}, RunIds()), content=None)
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
 
     done = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, check=True, env=environment)
 
@@ -104,5 +106,5 @@ def test_the_server_starts_no_thread_and_asks_for_no_gpu(
     assert told["asked"] == []
     assert told["threads"] == 1
     assert {"matplotlib", "sqlalchemy"} <= set(told["modules"])  # what every step needs
-    assert ("sentence_transformers" in told["modules"]) == ("mlflow" in told["modules"]) == (smoke_test == "1")
+    assert ("sentence_transformers" in told["modules"]) == ("mlflow" in told["modules"]) == first
     assert told["capability"] == "default"  # the step tells that it ignores it
