@@ -39,7 +39,7 @@ class Overrides(Generic[S]):
     """
 
     def __init__(self, settings_class: type[S]) -> None:
-        self.schema = overrides_of(settings_class, f"{settings_class.__name__}Overrides").to_config_schema()
+        self.schema = overrides_of(settings_class, f"{settings_class.__name__}Overrides").to_config_schema().as_field()
 
     def applied(self, settings: S, context: dg.AssetExecutionContext) -> S:
         """`settings` with what was given for this run; raises ConfigurationError naming the key that cannot be."""
