@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict
 
 from embed_pipeline.artifacts import Artifact, PipelineStore
 from embed_pipeline.errors import ArtifactError
-from embed_pipeline.training.job import MODEL_FOLDER, SERVING_FILE
+from embed_pipeline.model_files import MODEL_FOLDER, SERVING_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,7 @@
-"""`embed-pipeline`: look at the store and the report without opening a UI."""
+"""`embed-pipeline`: look at the store and the report without opening a UI.
+
+Each command imports what it needs: `--help`, completion and a mistyped option answer without reading a library.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console, RenderableType
-from rich.table import Table
 
-from embed_pipeline.artifacts import ASSETS, Artifact, PipelineStore, pipelines_in, store_root
-from embed_pipeline.champions import Champion, Promotion, models_of, read_history, read_waiting
-from embed_pipeline.disk import plain_disk_errors, readable_size
 from embed_pipeline.errors import UserError
-from embed_pipeline.launch.nodes import NODES_FOLDER, join
-from embed_pipeline.libraries import COMPUTED, LIBRARIES_OF_MODELS, upgrades_since
-from embed_pipeline.masking import without_password
-from embed_pipeline.tables import source_folder
-from embed_pipeline.training.job import MODEL_FOLDER
+from embed_pipeline.model_files import MODEL_FOLDER
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from embed_pipeline.artifacts import Artifact, PipelineStore
+    from embed_pipeline.champions import Champion, Promotion
     from embed_pipeline.mining.exchange import Format
 
 
@@ -30,6 +28,9 @@ class ReadableErrors(click.Group):
     """A UserError is shown as its message, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> object:
+        from embed_pipeline.artifacts import store_root
+        from embed_pipeline.disk import plain_disk_errors
+
         try:
             with plain_disk_errors(store_root()):
                 return super().invoke(ctx)
@@ -73,6 +74,10 @@ def versions(pipeline: str | None) -> None:
 
     Each with what it was made from; * marks the current one.
     """
+    from embed_pipeline.artifacts import ASSETS, pipelines_in, store_root
+    from embed_pipeline.champions import read_waiting
+    from embed_pipeline.disk import readable_size
+
     for store in [_store(pipeline)] if pipeline else pipelines_in(store_root()):
         for asset in ASSETS:
             current = store.current(asset).version if store.has_current(asset) else None
@@ -93,6 +98,8 @@ def verify(pipeline: str) -> None:
 
     Every file of every current version of PIPELINE is compared.
     """
+    from embed_pipeline.artifacts import ASSETS
+
     store = _store(pipeline)
     for asset in ASSETS:
         if store.has_current(asset):
@@ -108,6 +115,8 @@ def check(pipeline: str) -> None:
 
     Of every current version of PIPELINE it says whether the libraries that are installed made it.
     """
+    from embed_pipeline.libraries import COMPUTED, LIBRARIES_OF_MODELS, upgrades_since
+
     store = _store(pipeline)
     for asset in COMPUTED:
         if store.has_current(asset):
@@ -128,6 +137,9 @@ def join_jobs(pipelines: tuple[str, ...], jobs: int | None) -> None:
     Only this user's jobs are done: announcement and job file have to lie in the store, belong to the user that runs
     this, and be writable by nobody else.
     """
+    from embed_pipeline.artifacts import store_root
+    from embed_pipeline.launch.nodes import NODES_FOLDER, join
+
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     store = store_root()
     click.echo(f"waiting for jobs of {', '.join(pipelines) or 'every pipeline'} in {store}", err=True)
@@ -150,6 +162,7 @@ def champion(pipeline: str, verify: bool, settle: bool) -> None:
 
     Tells what serves for PIPELINE, since when and why. Exit code 1 where anything disagrees.
     """
+    from embed_pipeline.champions import models_of, read_history, read_waiting
     from embed_pipeline.tracking import promotion
     from embed_pipeline.tracking.registry import load_lines
 
@@ -190,6 +203,9 @@ def history(pipeline: str) -> None:
 
     The oldest comes first.
     """
+    from rich.table import Table
+
+    from embed_pipeline.champions import read_history
     from embed_pipeline.evaluation.history import history_of
     from embed_pipeline.evaluation.verdict import METRIC_NAMES
 
@@ -255,6 +271,9 @@ def prune(pipeline: str, yes: bool) -> None:
 
     In use are the current versions, the champion, the one that a rollback goes back to, and one that waits for MLflow.
     """
+    from embed_pipeline.champions import read_history, read_waiting
+    from embed_pipeline.disk import readable_size
+
     store = _store(pipeline)
     if making := store.in_the_making():
         raise click.ClickException(
@@ -294,6 +313,8 @@ def replay_metrics(pipeline: str) -> None:
     Exit code 1 where something still waits. The next run of the pipeline sends by itself, and that of its champion
     promotes; runs that are at work are left alone.
     """
+    from embed_pipeline.champions import read_waiting
+    from embed_pipeline.masking import without_password
     from embed_pipeline.tracking.delivery import replay
     from embed_pipeline.tracking.journal import waiting
     from embed_pipeline.tracking.server import tracking_uri
@@ -335,6 +356,7 @@ def export_negatives(pipeline: str, format: Format, output: Path, source: str | 
     The current ones of PIPELINE are written, whole or not at all.
     """
     from embed_pipeline.mining.exchange import export_negatives as export
+    from embed_pipeline.tables import source_folder
 
     store = _store(pipeline)
     mined = store.current("hard_negatives")
@@ -358,6 +380,8 @@ def export_negatives(pipeline: str, format: Format, output: Path, source: str | 
 
 
 def _store(pipeline: str) -> PipelineStore:
+    from embed_pipeline.artifacts import PipelineStore, pipelines_in, store_root
+
     known = [store.pipeline for store in pipelines_in(store_root())]
     if pipeline not in known:
         raise click.ClickException(
@@ -382,6 +406,8 @@ def _on_the_hub(store: PipelineStore, serving: Champion) -> list[str]:
 
 def _print(shown: RenderableType) -> None:
     """Texts that people wrote (reasons, names) are shown as they are: brackets and colons in them mean nothing."""
+    from rich.console import Console
+
     Console(markup=False, emoji=False, highlight=False).print(shown)
 
 

@@ -19,6 +19,7 @@ import dagster as dg
 from embed_pipeline.artifacts import local_folder
 from embed_pipeline.errors import ConfigurationError
 from embed_pipeline.orchestration.broken import Broken, placeholder
+from embed_pipeline.orchestration.executor import step_executor
 from embed_pipeline.pipeline_file import (
     Document,
     children_of,
@@ -35,11 +36,22 @@ warnings.filterwarnings("ignore", message="Parameter `execution_type`", category
 SHIPPED = Path(__file__).parent / "defs"
 _VALIDATING = "DAGSTER_IS_DEFS_VALIDATION_CLI"  # Dagster sets it where definitions are only checked
 logger = logging.getLogger(__name__)
+_kept: dg.Definitions | None = None
 
 
 @dg.definitions
 def defs() -> dg.Definitions:
     """One Definitions object for all pipelines; raises ConfigurationError for broken ones where they are checked."""
+    return _kept if _kept is not None else _all_pipelines()
+
+
+def keep() -> None:
+    """Load now: `defs` gives the same in this process, and in those that are forked from it, from here on."""
+    global _kept
+    _kept = _all_pipelines()
+
+
+def _all_pipelines() -> dg.Definitions:
     folders = extra_folders()
     loaded = _load([SHIPPED, *(folder for folder in folders if folder.is_dir())])
     missing = [
@@ -60,7 +72,8 @@ def defs() -> dg.Definitions:
         logger.error("a pipeline cannot be loaded; the others can. %s", one.reason)
         taken.append(one.name(taken))
         parts.append(placeholder(one, taken[-1]))
-    return dg.Definitions.merge(*parts)
+    executors = [] if any(part.executor for part in parts) else [dg.Definitions(executor=step_executor)]
+    return dg.Definitions.merge(*parts, *executors)
 
 
 def extra_folders() -> list[Path]:
@@ -175,7 +188,8 @@ def _tree(folder: Path, module_name: str) -> dg.Definitions:
     sys.modules[module.__name__] = module
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)  # as `load_from_defs_folder` does
-        tree = dg.ComponentTree.from_module(defs_module=module, project_root=folder).build_defs()
+        # From the folder down: the description of every component type, for the UI, comes with the shipped pipelines.
+        tree = dg.ComponentTree.from_module(defs_module=module, project_root=folder).build_defs_at_path(folder)
     # A second component tree cannot be merged with that of the project: keep what it defined.
     return dg.Definitions(
         assets=tree.assets,

@@ -8,6 +8,7 @@ found unless it may be a secret. This module imports no dagster.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,9 +137,13 @@ def read_documents(file: Path) -> list[Document]:
     cannot be what its tag or form says, for a key that is no text or is given twice, and for aliases that expand to
     more than `MOST_VALUES` values.
     """
-    text = _text_of(file)
+    return list(_read(_text_of(file), file))
+
+
+@functools.lru_cache(maxsize=256)  # a file is read when the pipelines are counted, and again by its component
+def _read(text: str, file: Path) -> tuple[Document, ...]:
     try:
-        documents = list(_documents(text, file))
+        documents = tuple(_documents(text, file))
     except ConfigurationError:
         raise
     except yaml.reader.ReaderError as error:

@@ -38,6 +38,7 @@ from embed_pipeline.launch.job import Job, Site, launch_job
 from embed_pipeline.launch.nodes import NODES_FOLDER
 from embed_pipeline.launch.torchrun import has_gpu_driver, world_size
 from embed_pipeline.libraries import COMPUTED, installed
+from embed_pipeline.model_files import CHECKPOINTS_FOLDER, JOB_FILE, MODEL_FOLDER, SUMMARY_FILE
 from embed_pipeline.models.folder import pair_length
 from embed_pipeline.models.precision import ResolvedPrecision, default_device, resolve_precision
 from embed_pipeline.models.source import locate, weights_digest
@@ -72,7 +73,6 @@ from embed_pipeline.tables import (
     write,
 )
 from embed_pipeline.tracking.runs import TrackedRun, tracked_run
-from embed_pipeline.training.job import CHECKPOINTS_FOLDER, JOB_FILE, MODEL_FOLDER, SUMMARY_FILE
 from embed_pipeline.wrong_values import sentences
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from embed_pipeline.champions import (
     read_history,
     record,
 )
-from embed_pipeline.training.job import MODEL_FOLDER, SERVING_FILE
+from embed_pipeline.model_files import MODEL_FOLDER, SERVING_FILE
 
 CHANGES = {"os.mkdir", "os.symlink", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile"}
 

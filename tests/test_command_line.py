@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,36 @@ def publish(store: PipelineStore, seed: int) -> Artifact:
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments), env={"COLUMNS": "200"})
+
+
+# What takes longer to import than a command that prints a few lines may take.
+HEAVY = ("torch", "transformers", "pandas", "pyarrow", "duckdb", "numpy", "mlflow", "dagster")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left_alone"),
+    [
+        (("--help",), (*HEAVY, "pydantic", "rich")),
+        (("rollback", "--help"), HEAVY),
+        (("versions",), HEAVY),
+        (("prune", "support"), HEAVY),
+        (("history", "support"), HEAVY),
+    ],
+)
+def test_a_light_command_imports_nothing_heavy(
+    store: PipelineStore, arguments: tuple[str, ...], left_alone: tuple[str, ...]
+) -> None:
+    publish(store, 1)
+    script = (
+        "import sys; from embed_pipeline.command_line import main; "
+        "main(sys.argv[1:], standalone_mode=False); print('imported:', *sys.modules)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+
+    imported = done.stdout.splitlines()[-1].split()
+    assert imported[0] == "imported:"
+    assert not set(imported) & set(left_alone)
 
 
 def test_versions_lists_all_and_marks_the_current_one(store: PipelineStore) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from embed_pipeline import retraining
 from embed_pipeline.champions import Champion, RegisteredModel, changing, record
+from embed_pipeline.model_files import MODEL_FOLDER, SERVING_FILE
 from embed_pipeline.retraining import retraining_due
 from embed_pipeline.settings import PipelineSettings
 from embed_pipeline.stages import Pipeline, make_cleaned_pairs, make_raw_pairs
-from embed_pipeline.training.job import MODEL_FOLDER, SERVING_FILE
 from tests.made_up_models import ingest, make_up, make_up_models, pipeline_in, write_rows
 
 

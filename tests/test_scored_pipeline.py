@@ -17,6 +17,7 @@ from embed_pipeline.artifacts import PipelineStore
 from embed_pipeline.champions import read_history
 from embed_pipeline.command_line import main
 from embed_pipeline.errors import GateError
+from embed_pipeline.model_files import MODEL_FOLDER, SUMMARY_FILE, TRAINING_LOG_FILE
 from embed_pipeline.orchestration.checks import trained_on_no_held_out_question
 from embed_pipeline.retraining import retraining_due
 from embed_pipeline.settings import ModelSource, PipelineSettings
@@ -31,7 +32,6 @@ from embed_pipeline.stages import (
     mark_challenger,
 )
 from embed_pipeline.tracking.promotion import check_loads
-from embed_pipeline.training.job import MODEL_FOLDER, SUMMARY_FILE, TRAINING_LOG_FILE
 from tests.conftest import one_thread
 
 NOUNS = ["cat", "dog", "car", "boat", "house", "river", "apple", "violin", "teacher", "mountain", "train", "letter"]

@@ -8,9 +8,7 @@ from functools import lru_cache
 from math import sqrt
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import DisjointSet
 from tqdm import tqdm
 
 from embed_pipeline.cleaning.normalise import casefolded, drawn
@@ -31,6 +29,10 @@ def near_duplicate_clusters(texts: Sequence[str], settings: NearDuplicateSetting
     Candidates come from MinHash with locality-sensitive hashing (Broder 1997; Leskovec et al., Mining of Massive
     Datasets, ch. 3), so a pair near the threshold can be missed; every candidate is compared exactly.
     """
+    # Not for whoever only asks whether something changed: the two take longer to import than that takes to answer.
+    from datasketch import MinHash, MinHashLSH
+    from scipy.cluster.hierarchy import DisjointSet
+
     keys = [_key(text) for text in texts]
     first: dict[str, int] = {}
     owner = [first.setdefault(key, index) for index, key in enumerate(keys)]

@@ -37,6 +37,7 @@ from embed_pipeline.evaluation.systems import (
 from embed_pipeline.evaluation.verdict import SYSTEM_NAMES
 from embed_pipeline.mining.report import ScoreSummary, score_summary
 from embed_pipeline.mining.retrieve import sample_rows
+from embed_pipeline.model_files import MODEL_FOLDER
 from embed_pipeline.models.collapse import is_collapsed, told
 from embed_pipeline.models.collection import Collection
 from embed_pipeline.models.embedder import Embedder
@@ -44,7 +45,6 @@ from embed_pipeline.models.folder import has_trained_head
 from embed_pipeline.models.ranks import Ranks
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.settings import EncodingSettings, EvaluationSettings, Precision
-from embed_pipeline.training.job import MODEL_FOLDER
 
 logger = logging.getLogger(__name__)
 

@@ -1,15 +1,19 @@
-"""Two systems on the same queries: means, gains, intervals and p-values; and the names of the systems."""
+"""Two systems on the same queries: means, gains, intervals and p-values; and the names of the systems.
+
+What only reads comparisons (`embed-pipeline history`) loads no numerical library: `compare` imports them itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from embed_pipeline.evaluation.metrics import METRICS
-from embed_pipeline.evaluation.significance import paired_bootstrap, paired_permutation
-from embed_pipeline.settings import EvaluationSettings
+if TYPE_CHECKING:
+    import numpy as np
+
+    from embed_pipeline.settings import EvaluationSettings
 
 BM25 = "bm25"
 BASE_EMBEDDER = "base_embedder"
@@ -62,14 +66,17 @@ def compare(
 
     Queries in `without` are left out; a system with no query left has no row. Raises ValueError on NaN.
     """
+    from embed_pipeline.evaluation.metrics import METRICS
+    from embed_pipeline.evaluation.significance import paired_bootstrap, paired_permutation
+
     rows = []
     for system in systems:
         measured, left_out = values[baseline][METRICS[0]], set(without)
         queries = [query for query in values[system][METRICS[0]] if query in measured and query not in left_out]
         if not queries:
             continue
-        own = _matrix(values[system], queries)
-        differences = own - _matrix(values[baseline], queries)
+        own = _matrix(values[system], queries, METRICS)
+        differences = own - _matrix(values[baseline], queries, METRICS)
         samples = settings.bootstrap_samples
         intervals = paired_bootstrap(differences, samples=samples, confidence=settings.confidence, seed=seed)
         p_values = paired_permutation(differences, samples=samples, seed=seed)
@@ -89,5 +96,7 @@ def compare(
     return rows
 
 
-def _matrix(of_system: Mapping[str, Mapping[str, float]], queries: Sequence[str]) -> np.ndarray:
-    return np.array([[of_system[metric][query] for metric in METRICS] for query in queries])
+def _matrix(of_system: Mapping[str, Mapping[str, float]], queries: Sequence[str], metrics: Sequence[str]) -> np.ndarray:
+    import numpy as np
+
+    return np.array([[of_system[metric][query] for metric in metrics] for query in queries])

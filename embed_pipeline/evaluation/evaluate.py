@@ -50,12 +50,12 @@ from embed_pipeline.evaluation.systems import (
 )
 from embed_pipeline.evaluation.verdict import SYSTEM_NAMES, headline, verdicts
 from embed_pipeline.mining.report import excerpt
+from embed_pipeline.model_files import MODEL_FOLDER
 from embed_pipeline.models.collection import Collection, load_collection
 from embed_pipeline.models.folder import has_trained_head
 from embed_pipeline.models.ranks import ALONE, Ranks
 from embed_pipeline.settings import EvaluationSettings, GateSettings, Precision
 from embed_pipeline.tables import PER_QUERY, PER_QUERY_FILE, RANKINGS, RANKINGS_FILE, write
-from embed_pipeline.training.job import MODEL_FOLDER
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from embed_pipeline.errors import ArtifactError, ModelError
+from embed_pipeline.model_files import SERVING_FILE
 from embed_pipeline.models.blend import blend
 from embed_pipeline.models.collection import Collection
 from embed_pipeline.models.embedder import Embedder
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.models.search import pair_scores, search
 from embed_pipeline.tables import RANKINGS
-from embed_pipeline.training.job import SERVING_FILE
 
 DEPTH = 100
 """Passages of a ranking that are kept and measured: the deepest metrics end here."""

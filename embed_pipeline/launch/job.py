@@ -15,9 +15,9 @@ from embed_pipeline.launch.nodes import lead
 from embed_pipeline.launch.ray import cluster_address, ray_command
 from embed_pipeline.launch.slurm import slurm_command
 from embed_pipeline.launch.torchrun import torchrun_command
+from embed_pipeline.model_files import CHECKPOINTS_FOLDER
 from embed_pipeline.settings import LaunchSettings
 from embed_pipeline.tracking.runs import TrackedRun
-from embed_pipeline.training.job import CHECKPOINTS_FOLDER
 
 
 class Job(Protocol):

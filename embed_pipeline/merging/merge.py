@@ -33,13 +33,14 @@ from embed_pipeline.merging.trade_off import (
     info_of,
     trade_off_table,
 )
+from embed_pipeline.model_files import MODEL_FOLDER
 from embed_pipeline.models.embedder import Embedder
 from embed_pipeline.models.interpolate import interpolate, save_as_trained
 from embed_pipeline.models.ranks import ALONE, Ranks
 from embed_pipeline.models.source import weights_digest
 from embed_pipeline.settings import EncodingSettings, ForgettingSettings, Precision
 from embed_pipeline.training.dev_set import EmbedderDevSet
-from embed_pipeline.training.job import MODEL_FOLDER, EmbedderJob
+from embed_pipeline.training.job import EmbedderJob
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, Optional, TypeVar, Union
+from typing import Any, Generic, Literal, Optional, TypeVar, Union
 
 import dagster as dg
 from pydantic import Field, ValidationError, create_model
@@ -32,23 +32,31 @@ def overrides_of(settings_class: type[Settings], name: str) -> type[dg.Config]:
 S = TypeVar("S", bound=Settings)
 
 
-def apply_overrides(settings: S, overrides: dg.Config) -> S:
-    """`settings` with what was given for this run; raises ConfigurationError naming the key that cannot be."""
-    given = _given(overrides)
-    if not given:
-        return settings
-    try:
-        return type(settings).model_validate(_merged(settings.model_dump(), given))
-    except ValidationError as error:
-        raise ConfigurationError(f"this run's overrides do not fit: {sentences(error)}") from error
+class Overrides(Generic[S]):
+    """What one run may change of a stage's settings: the config schema of its asset, and how it is laid over them.
+
+    The schema is made once, not with the asset of each pipeline: it takes longer to make than the rest of an asset.
+    """
+
+    def __init__(self, settings_class: type[S]) -> None:
+        self.schema = overrides_of(settings_class, f"{settings_class.__name__}Overrides").to_config_schema().as_field()
+
+    def applied(self, settings: S, context: dg.AssetExecutionContext) -> S:
+        """`settings` with what was given for this run; raises ConfigurationError naming the key that cannot be."""
+        given = _given(context.op_execution_context.op_config)
+        if not given:
+            return settings
+        try:
+            return type(settings).model_validate(_merged(settings.model_dump(), given))
+        except ValidationError as error:
+            raise ConfigurationError(f"this run's overrides do not fit: {sentences(error)}") from error
 
 
-def _given(overrides: dg.Config) -> dict[str, Any]:
-    values = {name: getattr(overrides, name) for name in type(overrides).model_fields}
+def _given(config: Mapping[str, Any]) -> dict[str, Any]:
     # Dagster fills what was left out of nested config with null, so null says: as in the YAML.
     return {
-        name: _given(value) if isinstance(value, dg.Config) else value
-        for name, value in values.items()
+        name: _given(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
         if value is not None
     }
 

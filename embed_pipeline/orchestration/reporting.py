@@ -16,8 +16,8 @@ from embed_pipeline.errors import UserError
 from embed_pipeline.launch.parent_death import end_with_parent
 from embed_pipeline.libraries import upgrades_since
 from embed_pipeline.markdown import escaped, table
+from embed_pipeline.model_files import MODEL_FOLDER
 from embed_pipeline.tracking.journal import told_where, waiting
-from embed_pipeline.training.job import MODEL_FOLDER
 
 if TYPE_CHECKING:
     from embed_pipeline.evaluation.gate import GateReport

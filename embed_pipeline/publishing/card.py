@@ -27,12 +27,12 @@ from embed_pipeline.evaluation.results import EVALUATORS_FILE, SourceFigure
 from embed_pipeline.evaluation.systems import read_serving
 from embed_pipeline.losses import DEFAULT_LOSSES
 from embed_pipeline.markdown import code, escaped, fenced, table
+from embed_pipeline.model_files import JOB_FILE, MODEL_FOLDER, SERVING_FILE
 from embed_pipeline.models.collection import load_collection
 from embed_pipeline.publishing.snippets import blend_snippet, embedder_notes, embedder_snippets, reranker_snippets
 from embed_pipeline.publishing.tables import metric_name
 from embed_pipeline.settings import EncodingSettings, ModelSource, PipelineSettings, SourceSettings
 from embed_pipeline.tables import EXAMPLES_FILE, PASSAGES_FILE, QUERIES_FILE, SPLITS, extra_folder
-from embed_pipeline.training.job import JOB_FILE, MODEL_FOLDER, SERVING_FILE
 
 Kind = Literal["embedder", "reranker"]
 _TASKS = {"embedder": "sentence-similarity", "reranker": "text-ranking"}

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict
 
 from embed_pipeline.artifacts import Artifact, Recipe
 from embed_pipeline.exporting.forms import ORIGINAL, RERANKER_FORM, ExportReport, markdown
+from embed_pipeline.model_files import MODEL_FOLDER, SERVING_FILE
 from embed_pipeline.publishing.card import Carded, Kind, model_card
 from embed_pipeline.publishing.hub import Pushed, push
 from embed_pipeline.settings import HubSettings
-from embed_pipeline.training.job import MODEL_FOLDER, SERVING_FILE
 
 PUSHED_FILE = "pushed.json"
 EXPORTS_FOLDER = "exports"  # in a repository: the champion's other forms

@@ -37,6 +37,7 @@ from embed_pipeline.champions import (
 from embed_pipeline.errors import ArtifactError, GateError, TrackingError
 from embed_pipeline.evaluation.gate import GateReport
 from embed_pipeline.evaluation.parity import read_parity
+from embed_pipeline.model_files import SERVING_FILE
 from embed_pipeline.settings import TrackingSettings
 from embed_pipeline.tracking.registry import (
     CHALLENGER,
@@ -49,7 +50,6 @@ from embed_pipeline.tracking.registry import (
     trusts_code,
 )
 from embed_pipeline.tracking.runs import TrackedRun, tracked_run
-from embed_pipeline.training.job import SERVING_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -28,13 +28,13 @@ from embed_pipeline.champions import Champion, RegisteredModel, models_of, point
 from embed_pipeline.errors import ModelError, TrackingError
 from embed_pipeline.evaluation.parity import Parity, read_parity
 from embed_pipeline.masking import without_password
+from embed_pipeline.model_files import JOB_FILE, MODEL_FOLDER, SERVING_FILE
 from embed_pipeline.models.source import weights_digest
 from embed_pipeline.settings import ModelSource
 from embed_pipeline.tracking.delivery import DAGSTER_RUN_TAG
 from embed_pipeline.tracking.metrics import valid_name
 from embed_pipeline.tracking.runs import TrackedRun
 from embed_pipeline.tracking.server import fail_in_seconds, tracking_uri, ui_address
-from embed_pipeline.training.job import JOB_FILE, MODEL_FOLDER, SERVING_FILE
 
 if TYPE_CHECKING:
     from mlflow.models import Model

@@ -12,9 +12,10 @@ import torch
 from transformers import set_seed
 
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.model_files import CHECKPOINTS_FOLDER
 from embed_pipeline.training.batches import batches_of
 from embed_pipeline.training.engines import Prepared
-from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TrainingJob
+from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.memory import forget_peak, free_memory, held_memory, peak_memory
 from embed_pipeline.training.preflight import (
     NEAR,

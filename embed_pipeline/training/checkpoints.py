@@ -35,10 +35,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_pt_utils import safe_globals
 
 from embed_pipeline.artifacts import sha256_of
+from embed_pipeline.model_files import CHECKPOINTS_FOLDER, TRAINING_LOG_FILE
 from embed_pipeline.training.callbacks import DevEvaluation
 from embed_pipeline.training.dev_choice import State
 from embed_pipeline.training.engines import Prepared
-from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TRAINING_LOG_FILE, TrainingJob
+from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.modules import learnt_by_losses, losses_of
 from embed_pipeline.training.process import Rank, from_all, from_main, wait
 from embed_pipeline.training.reporting import Reporter

@@ -11,14 +11,6 @@ from embed_pipeline.errors import TrainingError
 from embed_pipeline.losses import SourceKind
 from embed_pipeline.settings import EmbedderSettings, ExtraSourceSettings, RerankerSettings, TrainingSettings
 
-# What stands in the output folder; `training.output` says what each holds.
-JOB_FILE = "job.json"
-MODEL_FOLDER = "model"
-SUMMARY_FILE = "summary.json"
-TRAINING_LOG_FILE = "training_log.jsonl"
-SERVING_FILE = "serving.json"
-CHECKPOINTS_FOLDER = "checkpoints"
-
 
 class TrainingJob(BaseModel):
     """`base_model` is a local folder whose weights were checked by `models.source.locate`.

@@ -16,8 +16,9 @@ from typing import Literal
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from embed_pipeline.markdown import code, escaped, fenced, table
+from embed_pipeline.model_files import MODEL_FOLDER, SERVING_FILE, SUMMARY_FILE
 from embed_pipeline.settings import EncodingSettings, ModelSource
-from embed_pipeline.training.job import MODEL_FOLDER, SERVING_FILE, SUMMARY_FILE, EmbedderJob, RerankerJob, TrainingJob
+from embed_pipeline.training.job import EmbedderJob, RerankerJob, TrainingJob
 
 
 @dataclass(frozen=True)

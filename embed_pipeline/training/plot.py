@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from embed_pipeline.drawing import svg_of
-from embed_pipeline.training.job import SUMMARY_FILE, TRAINING_LOG_FILE
+from embed_pipeline.model_files import SUMMARY_FILE, TRAINING_LOG_FILE
 
 _LOSS, _DEV = "#3b6fd4", "#2a9d5c"
 

@@ -27,12 +27,13 @@ from torch import nn
 
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.losses import EMBEDDER_LOSSES
+from embed_pipeline.model_files import CHECKPOINTS_FOLDER
 from embed_pipeline.settings import EmbedderSettings
 from embed_pipeline.training.batches import SourceBatches, batches_of
 from embed_pipeline.training.callbacks import arithmetic_of
 from embed_pipeline.training.checkpoints import KEPT
 from embed_pipeline.training.engines import Prepared
-from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TrainingJob
+from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.memory import forget_peak, free_memory, held_memory, peak_memory
 from embed_pipeline.training.modules import learnt_by_losses, losses_of
 from embed_pipeline.training.process import Rank, from_all, from_main

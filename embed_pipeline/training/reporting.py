@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from embed_pipeline.model_files import TRAINING_LOG_FILE
 from embed_pipeline.tracking.metrics import MetricsLogger
-from embed_pipeline.training.job import TRAINING_LOG_FILE
 
 if TYPE_CHECKING:
     from dagster_pipes import PipesContext

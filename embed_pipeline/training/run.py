@@ -17,13 +17,14 @@ from transformers import Trainer
 
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.evaluation.evaluators import Figures
+from embed_pipeline.model_files import CHECKPOINTS_FOLDER
 from embed_pipeline.training.callbacks import DevEvaluation, FiniteLoss, MovingLoss, Reporting
 from embed_pipeline.training.checkpoints import Checkpoints, remove_checkpoints
 from embed_pipeline.training.collapse import collapsed
 from embed_pipeline.training.data_checks import DataReport, check_data
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.hardware import in_force
-from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TrainingJob
+from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.modules import merge_adapters
 from embed_pipeline.training.output import Summary
 from embed_pipeline.training.preflight import Forecast, less_memory, preflight

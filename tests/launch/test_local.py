@@ -187,32 +187,35 @@ FAMILY = textwrap.dedent(
 
     def child(folder):
         end_with_parent()
-        Path(folder, "child").write_text(str(os.getpid()))
+        Path(folder, "child").write_text(f"{os.getpid()} {os.getppid()}")
         time.sleep(60)
 
-    def parent(folder):
-        process = multiprocessing.get_context("spawn").Process(target=child, args=(folder,))
+    def parent(start, folder):
+        process = multiprocessing.get_context(start).Process(target=child, args=(folder,))
         process.start()
         process.join()
 
     if __name__ == "__main__":
         end_with_parent()  # nobody's child: without effect
-        parent(sys.argv[1])
+        parent(*sys.argv[1:])
     """
 )
 
 
-def test_a_step_ends_with_the_process_of_its_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_a_step_ends_with_the_process_of_its_run(start: str, tmp_path: Path) -> None:
     script = tmp_path / "family.py"
     script.write_text(FAMILY)
-    run = subprocess.Popen([sys.executable, str(script), str(tmp_path)])
+    run = subprocess.Popen([sys.executable, str(script), start, str(tmp_path)])
     deadline = time.monotonic() + 20
     while not ((tmp_path / "child").is_file() and (tmp_path / "child").read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
-    assert ended(int((tmp_path / "child").read_text()))
+    step, parent = map(int, (tmp_path / "child").read_text().split())  # a server is the parent of what it forks
+    assert ended(step)
+    assert ended(parent)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from embed_pipeline.model_files import MODEL_FOLDER
 from embed_pipeline.models.embedder import Embedder
 from embed_pipeline.models.reranker import Reranker
 from embed_pipeline.publishing.card import Carded, Kind, model_card
@@ -23,7 +24,6 @@ from embed_pipeline.stages import Pipeline, write_champion_cards
 from embed_pipeline.tables import PASSAGES as PASSAGES_TABLE
 from embed_pipeline.tables import PASSAGES_FILE, QUERIES_FILE, write
 from embed_pipeline.tables import QUERIES as QUERIES_TABLE
-from embed_pipeline.training.job import MODEL_FOLDER
 
 QUERIES = ["where is the river of the castle", "the stone"]
 PASSAGES = ["the river lies behind the gate", "the engine lies next to the well, " * 6, "a window"]

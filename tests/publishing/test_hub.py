@@ -12,10 +12,10 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from embed_pipeline.champions import read_history
 from embed_pipeline.command_line import main
 from embed_pipeline.errors import ArtifactError, HubError
+from embed_pipeline.model_files import MODEL_FOLDER
 from embed_pipeline.publishing.pushing import PushReport
 from embed_pipeline.stages import Pipeline, make_hub
 from embed_pipeline.tracking.promotion import retire, roll_back
-from embed_pipeline.training.job import MODEL_FOLDER
 from tests.publishing.local_hub import LocalHub
 from tests.tracking.candidates import Workshop
 

@@ -19,13 +19,14 @@ from embed_pipeline.champions import read_history
 from embed_pipeline.evaluation.gate import GateReport
 from embed_pipeline.evaluation.parity import write_parity
 from embed_pipeline.evaluation.results import EVALUATORS_FILE
+from embed_pipeline.model_files import JOB_FILE, MODEL_FOLDER, SERVING_FILE
 from embed_pipeline.models.collection import load_collection
 from embed_pipeline.settings import EmbedderSettings, RerankerSettings, TrackingSettings
 from embed_pipeline.tables import QUERIES_FILE
 from embed_pipeline.tracking.promotion import Promoted, promote
 from embed_pipeline.tracking.registry import Candidate
 from embed_pipeline.tracking.runs import TrackedRun, tracked_run
-from embed_pipeline.training.job import JOB_FILE, MODEL_FOLDER, SERVING_FILE, EmbedderJob, RerankerJob
+from embed_pipeline.training.job import EmbedderJob, RerankerJob
 from tests.cleaned_folder import write_cleaned
 
 WORDS = ("river", "stone", "cloud", "engine", "paper", "window", "garden")

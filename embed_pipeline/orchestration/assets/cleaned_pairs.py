@@ -8,7 +8,7 @@ import dagster as dg
 
 from embed_pipeline.artifacts import Artifact
 from embed_pipeline.orchestration.automation import retry_policy
-from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
+from embed_pipeline.orchestration.overrides import Overrides
 from embed_pipeline.orchestration.reporting import markdown_table, materialized, readable_errors
 from embed_pipeline.settings import CleaningSettings
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_cleaned_pairs
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from embed_pipeline.cleaning.clean import CleaningReport
     from embed_pipeline.cleaning.examples import ExamplesReport
 
-CleaningOverrides = overrides_of(CleaningSettings, "CleaningOverrides")
+OVERRIDES = Overrides(CleaningSettings)
 _MISSING_ANSWERS = ("delivered split", "answers", "missing", "questions", "questions without any answer")
 
 
@@ -113,13 +113,14 @@ def cleaned_pairs_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         deps=[[name, "raw_pairs"]],
         group_name=name,
         kinds={"duckdb", "parquet"},
+        config_schema=OVERRIDES.schema,
         code_version=CODE_VERSIONS["cleaned_pairs"],
         retry_policy=retry_policy(pipeline),
         description="Queries, passages and judgements, or sentences; every dropped row is kept aside with its reason.",
     )
-    def cleaned_pairs(context: dg.AssetExecutionContext, config: CleaningOverrides) -> dg.MaterializeResult:
+    def cleaned_pairs(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with readable_errors():
-            cleaning = apply_overrides(pipeline.settings.cleaning, config)
+            cleaning = OVERRIDES.applied(pipeline.settings.cleaning, context)
             produced = make_cleaned_pairs(pipeline.for_run(context.run_id, cleaning=cleaning))
         return materialized(context, produced, cleaning_metadata(pipeline, produced.artifact))
 

@@ -8,7 +8,7 @@ import dagster as dg
 from embed_pipeline.artifacts import Artifact
 from embed_pipeline.orchestration.automation import retry_policy
 from embed_pipeline.orchestration.launching import launch_under_dagster
-from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
+from embed_pipeline.orchestration.overrides import Overrides
 from embed_pipeline.orchestration.reporting import gate_metadata, markdown_table, materialized, picture, readable_errors
 from embed_pipeline.settings import EvaluationSettings
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_evaluation, mark_challenger
@@ -16,7 +16,7 @@ from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_evaluation, mark
 if TYPE_CHECKING:
     from embed_pipeline.evaluation.results import QueryChange
 
-EvaluationOverrides = overrides_of(EvaluationSettings, "EvaluationOverrides")
+OVERRIDES = Overrides(EvaluationSettings)
 
 
 def evaluation_metadata(evaluation: Artifact) -> dict[str, Any]:
@@ -65,13 +65,14 @@ def evaluation_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         group_name=name,
         kinds={"parquet", "mlflow"},
         pool="gpu",
+        config_schema=OVERRIDES.schema,
         code_version=CODE_VERSIONS["evaluation"],
         retry_policy=retry_policy(pipeline),
         description="Base and fine-tuned models and BM25 on the test split, with intervals of the gains.",
     )
-    def evaluation(context: dg.AssetExecutionContext, config: EvaluationOverrides) -> dg.MaterializeResult:
+    def evaluation(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with readable_errors():
-            evaluation = apply_overrides(pipeline.settings.evaluation, config)
+            evaluation = OVERRIDES.applied(pipeline.settings.evaluation, context)
             run = pipeline.for_run(context.run_id, evaluation=evaluation)
             produced = make_evaluation(run, partial(launch_under_dagster, context))
             mark_challenger(run)

@@ -8,7 +8,7 @@ import dagster as dg
 from embed_pipeline.artifacts import Artifact
 from embed_pipeline.orchestration.automation import retry_policy
 from embed_pipeline.orchestration.launching import launch_under_dagster
-from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
+from embed_pipeline.orchestration.overrides import Overrides
 from embed_pipeline.orchestration.reporting import markdown_table, materialized, picture, readable_errors
 from embed_pipeline.settings import MiningSettings
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_hard_negatives
@@ -16,7 +16,7 @@ from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_hard_negatives
 if TYPE_CHECKING:
     from embed_pipeline.mining.report import MiningReport
 
-MiningOverrides = overrides_of(MiningSettings, "MiningOverrides")
+OVERRIDES = Overrides(MiningSettings)
 
 
 def mining_metadata(negatives: Artifact) -> dict[str, Any]:
@@ -69,13 +69,14 @@ def hard_negatives_asset(pipeline: Pipeline) -> dg.AssetsDefinition | None:
         group_name=name,
         kinds={"parquet", "sentencetransformers"},
         pool="gpu",
+        config_schema=OVERRIDES.schema,
         code_version=CODE_VERSIONS["hard_negatives"],
         retry_policy=retry_policy(pipeline),
         description="Per train query its positives and hard negatives with scores, and what was refused and why.",
     )
-    def hard_negatives(context: dg.AssetExecutionContext, config: MiningOverrides) -> dg.MaterializeResult:
+    def hard_negatives(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with readable_errors():
-            mining = apply_overrides(pipeline.settings.mining, config)
+            mining = OVERRIDES.applied(pipeline.settings.mining, context)
             produced = make_hard_negatives(
                 pipeline.for_run(context.run_id, mining=mining), partial(launch_under_dagster, context)
             )

@@ -6,12 +6,12 @@ import dagster as dg
 
 from embed_pipeline.orchestration.automation import retry_policy
 from embed_pipeline.orchestration.launching import launch_under_dagster
-from embed_pipeline.orchestration.overrides import apply_overrides, overrides_of
+from embed_pipeline.orchestration.overrides import Overrides
 from embed_pipeline.orchestration.reporting import materialized, readable_errors, training_metadata
 from embed_pipeline.settings import RerankerSettings
 from embed_pipeline.stages import CODE_VERSIONS, Pipeline, make_reranker
 
-RerankerOverrides = overrides_of(RerankerSettings, "RerankerOverrides")
+OVERRIDES = Overrides(RerankerSettings)
 
 
 def reranker_asset(pipeline: Pipeline) -> dg.AssetsDefinition | None:
@@ -26,13 +26,14 @@ def reranker_asset(pipeline: Pipeline) -> dg.AssetsDefinition | None:
         group_name=name,
         kinds={"pytorch", "huggingface", "mlflow"},
         pool="gpu",
+        config_schema=OVERRIDES.schema,
         code_version=CODE_VERSIONS["reranker"],
         retry_policy=retry_policy(pipeline),
         description="The fine-tuned reranker, trained on negatives as the fine-tuned embedder retrieves them.",
     )
-    def reranker(context: dg.AssetExecutionContext, config: RerankerOverrides) -> dg.MaterializeResult:
+    def reranker(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with readable_errors():
-            reranker = apply_overrides(settings, config)
+            reranker = OVERRIDES.applied(settings, context)
             produced = make_reranker(
                 pipeline.for_run(context.run_id, reranker=reranker), partial(launch_under_dagster, context)
             )
