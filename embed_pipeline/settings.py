@@ -751,14 +751,19 @@ class EmbedderSettings(TrainingSettings, LossSettings):
         description="use the other processes' passages as negatives too: several processes take the step that one with "
         "all their rows would",
     )
-    sub_batch_size: int | None = Field(
-        None,
-        ge=1,
-        le=1_000_000,
+    sub_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        "auto",
         description="gradient caching: encode a batch in parts of this size, and keep the activations of one part. "
-        "Engine flag-embedding encodes in such parts, each padded by itself, but keeps all",
+        "auto: a batch that does not fit the memory is encoded in the largest parts that do, where its loss has a form "
+        "with gradient caching that takes the same step; null: never. Engine flag-embedding encodes in parts of a "
+        "given size, each padded by itself, but keeps all, so auto does nothing there",
     )
     dev_passages: int = Field(2_000, ge=1, le=MOST_ROWS, description="corpus of the dev evaluation during training")
+
+    @property
+    def parts(self) -> int | None:
+        """Texts that are encoded at a time, where that is known: `auto` is decided when a training starts."""
+        return None if self.sub_batch_size == "auto" else self.sub_batch_size
 
 
 class RerankerSettings(TrainingSettings):
@@ -1331,7 +1336,7 @@ class PipelineSettings(Settings):
 
     @model_validator(mode="after")
     def _losses_fit_their_sources(self) -> PipelineSettings:
-        cached = self.embedder.sub_batch_size is not None
+        cached = self.embedder.parts is not None
         if problem := self.embedder.problem_with(self.source.kind, cached):
             raise ValueError(f"embedder.loss: {problem}")
         if self.reranker is not None:

@@ -47,6 +47,7 @@ class Summary:
     threads: int
     seed: int
     batch_size: int  # that was trained with: find_batch_size may have found a smaller one
+    sub_batch_size: int | None  # texts encoded at a time, by gradient caching; None: the whole batch
     truncated: dict[str, float]  # kind of text -> share that is cut to the maximum length, of a sample
     warnings: list[str]  # what of the rows costs something
     preflight: str | None = None  # what was forecast, in a sentence; not of a training that went on

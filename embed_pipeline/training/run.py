@@ -21,11 +21,12 @@ from embed_pipeline.training.checkpoints import Checkpoints, remove_checkpoints
 from embed_pipeline.training.collapse import collapsed
 from embed_pipeline.training.data_checks import DataReport, check_data
 from embed_pipeline.training.engines import Prepared
+from embed_pipeline.training.forecast import less_memory
 from embed_pipeline.training.hardware import in_force
 from embed_pipeline.training.job import CHECKPOINTS_FOLDER, TrainingJob
 from embed_pipeline.training.modules import merge_adapters
 from embed_pipeline.training.output import Summary
-from embed_pipeline.training.preflight import Forecast, less_memory, preflight
+from embed_pipeline.training.preflight import Forecast, preflight
 from embed_pipeline.training.process import Rank, check_same_weights, check_synchronised, from_main
 from embed_pipeline.training.reporting import Reporter
 from embed_pipeline.training.sources import TrainingSource
@@ -132,6 +133,7 @@ def train(
         threads=torch.get_num_threads(),
         seed=job.seed,
         batch_size=settings.batch_size,
+        sub_batch_size=getattr(settings, "parts", None),
         **told,
     )
 
@@ -178,7 +180,7 @@ def plain_memory_errors(job: TrainingJob) -> Iterator[None]:
             raise
         raise TrainingError(
             f"out of {'GPU ' if on_gpu else ''}memory at batch_size {job.settings.batch_size} x train_group_size "
-            f"{job.settings.train_group_size}: {error}. {less_memory(job)}"
+            f"{job.settings.train_group_size}: {error}. {less_memory(job.settings, job.source_kind)}"
         ) from error
 
 

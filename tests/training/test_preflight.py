@@ -95,7 +95,7 @@ def test_no_room_in_memory(train_here: Callable[..., Trained], monkeypatch: pyte
         r"(?s)would need [\d.]+ of 0.05 GB memory, at batch_size 8 x .*Set sub_batch_size: \d \(.*lower batch_size"
     )
     with pytest.raises(TrainingError, match=expected):
-        train_here("embedder", batch_size=8, **({} if part else {"sub_batch_size": 4}))
+        train_here("embedder", batch_size=8, sub_batch_size=None if part else 4)
     assert len(steps) == 1
 
 
@@ -261,7 +261,7 @@ def test_the_limits_of_every_control_group_count(tmp_path: Path) -> None:
         (folder / "memory.stat").write_text("anon 1\ninactive_file 1000\n")
     membership = tmp_path / "cgroup"
     membership.write_text("3:cpu:/x\n0::/pod/container\n")
-    assert memory._left_in_groups(tmp_path / "sys", membership) == [3000]
+    assert memory._groups(tmp_path / "sys", membership) == [(5000, 2000)]
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def prepare(job: EmbedderJob, rank: Rank, sources: list[TrainingSource], work: P
             negatives_cross_device=settings.negatives_cross_device and rank.world_size > 1,
             sentence_pooling_method=POOLING[encoding.pooling],
             normalize_embeddings=True,
-            sub_batch_size=settings.sub_batch_size,
+            sub_batch_size=settings.parts,
         ),
     )
     runner.model.model = model[0].model  # the same parameters in both, adapters included
