@@ -35,19 +35,21 @@ from embed_pipeline.evaluation.guard_files import guard_digest
 from embed_pipeline.launch.environment import compute_as_asked
 from embed_pipeline.launch.job import Job, Site, launch_job
 from embed_pipeline.launch.nodes import NODES_FOLDER
-from embed_pipeline.launch.torchrun import has_gpu_driver, world_size
+from embed_pipeline.launch.torchrun import has_gpu_driver, processes_per_node, world_size
 from embed_pipeline.libraries import COMPUTED, installed
 from embed_pipeline.models.folder import pair_length
 from embed_pipeline.models.precision import ResolvedPrecision, default_device, resolve_precision
 from embed_pipeline.models.source import locate, weights_digest
 from embed_pipeline.settings import (
     SMOKE_TEST_QUERIES,
+    EmbedderSettings,
     LaunchSettings,
     LossSettings,
     MiningSettings,
     ModelSource,
     PipelineSettings,
     Precision,
+    RerankerSettings,
     Settings,
     SourceSettings,
     TrainingSettings,
@@ -265,6 +267,7 @@ def make_hard_negatives(pipeline: Pipeline, launch: Launch = launch_job) -> Prod
     digests = {"base_embedder": weights_digest(base), **_cross_encoder_digest(pipeline)}
 
     def make(out: Path) -> Made:
+        _check_before_mining(pipeline, cleaned)
         ranks = ranks_of(pipeline, launch)
         embedder = base_embedder(pipeline, ranks)
         reports: dict[str | None, dict[str, Any]] = {}
@@ -1021,6 +1024,27 @@ def _load_guards(pipeline: Pipeline) -> list[GuardSet]:
 def _guard_digests(pipeline: Pipeline) -> dict[str, str]:
     guards = pipeline.settings.forgetting.guards
     return {f"guard {guard.name}": guard_digest(guard, pipeline.folder) for guard in guards}
+
+
+def _check_before_mining(pipeline: Pipeline, cleaned: Artifact) -> None:
+    """Tell what the trainings could not do before they are mined for; on another machine its preflight tells."""
+    from embed_pipeline.training.before_mining import Planned, check_before_mining
+
+    settings = pipeline.settings
+    if settings.launch.elsewhere or not settings.source.is_retrieval:
+        return
+    base = locate(settings.embedder.base_model, pipeline.folder)
+    planned: list[tuple[EmbedderSettings | RerankerSettings, Path]] = [(settings.embedder, base)]
+    if settings.reranker is not None:
+        source = settings.reranker.base_model
+        start = locate(source, pipeline.folder) if isinstance(source, ModelSource) else base
+        planned.append((settings.reranker, start))
+    trainings = [
+        Planned(told, folder, _resolved_here(told.precision), processes_per_node(told.nproc_per_node))
+        for told, folder in planned
+    ]
+    device = default_device() if has_gpu_driver() else "cpu"
+    check_before_mining(cleaned.path, settings.source.kind, trainings, device)
 
 
 def _mine(

@@ -37,6 +37,12 @@ def usable_length(folder: Path) -> int | None:
     return int(limit) if limit is not None and limit < 1e9 else None
 
 
+def own_length(folder: Path) -> int | None:
+    """Tokens to which the model's authors cut a text; at most what `usable_length` allows."""
+    limits = (_read(folder / "sentence_bert_config.json").get("max_seq_length"), usable_length(folder))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
 def pair_length(folder: Path, settings: RerankerSettings) -> int:
     """Tokens of query, passage and special tokens together, for a reranker that starts from the model in `folder`.
 

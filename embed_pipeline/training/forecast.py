@@ -42,8 +42,9 @@ def layer_bytes(shape: ModelShape, tokens: int, arithmetic: Arithmetic) -> float
     of_hidden, of_feed_forward = (6.2, 1.0) if arithmetic.half else (8.4, 2.0)
     of_hidden += (1.2 if arithmetic.half else 2.2) if arithmetic.dropout else 0.0
     a_token = 4 * (of_hidden * shape.hidden + of_feed_forward * shape.intermediate)
-    weights = 4 * (0.5 if arithmetic.half else 1.0) * (3 if arithmetic.dropout else 1) if arithmetic.eager else 0
-    return tokens * a_token + shape.heads * tokens**2 * weights
+    # The softmax stays float32; dropout keeps its mask and its result.
+    weights = (6 if arithmetic.half else 4) + ((4 if arithmetic.half else 8) if arithmetic.dropout else 0)
+    return tokens * a_token + (shape.heads * tokens**2 * weights if arithmetic.eager else 0)
 
 
 @dataclass(frozen=True)
