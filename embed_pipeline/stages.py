@@ -32,17 +32,25 @@ from embed_pipeline.artifacts import (
 from embed_pipeline.champions import Champion, models_of, pair_key, pointer, read_history
 from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError, HubError
 from embed_pipeline.evaluation.guard_files import guard_digest
+from embed_pipeline.fitting import (
+    Circumstances,
+    FittedEmbedderSettings,
+    FittedRerankerSettings,
+    FittedSettings,
+    fit_embedder,
+    fit_reranker,
+)
 from embed_pipeline.launch.environment import compute_as_asked
 from embed_pipeline.launch.job import Job, Site, launch_job
 from embed_pipeline.launch.nodes import NODES_FOLDER
 from embed_pipeline.launch.torchrun import has_gpu_driver, processes_per_node, world_size
 from embed_pipeline.libraries import COMPUTED, installed
-from embed_pipeline.models.folder import pair_length
+from embed_pipeline.models.folder import has_trained_head, pair_length
 from embed_pipeline.models.precision import ResolvedPrecision, default_device, resolve_precision
+from embed_pipeline.models.shape import shape_of
 from embed_pipeline.models.source import locate, weights_digest
 from embed_pipeline.settings import (
     SMOKE_TEST_QUERIES,
-    EmbedderSettings,
     LaunchSettings,
     LossSettings,
     MiningSettings,
@@ -68,6 +76,7 @@ from embed_pipeline.tables import (
     QRELS_FILE,
     QUERIES_FILE,
     WITHHELD_FILE,
+    count_split,
     extra_folder,
     source_folder,
     write,
@@ -102,7 +111,7 @@ CODE_VERSIONS = {
     "hub": "1",
 }
 
-Trained = TypeVar("Trained", bound=TrainingSettings)
+Trained = TypeVar("Trained", FittedEmbedderSettings, FittedRerankerSettings)
 Launch = Callable[[Job, Path, "TrackedRun | None", Site], None]
 """Runs a job (its file is the second argument) to its end; raises TrainingError if it fails."""
 
@@ -289,7 +298,7 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
     """Cleaned pairs, with hard negatives where the source is mined -> fine-tuned embedder, by one torchrun job."""
     from embed_pipeline.training.job import EmbedderJob
 
-    settings, source = _trained_in(pipeline, pipeline.settings.embedder), pipeline.settings.source
+    source = pipeline.settings.source
     negatives = pipeline.store.current("hard_negatives") if pipeline.settings.mines else None
     if negatives is None:
         cleaned = pipeline.store.current("cleaned_pairs")
@@ -297,7 +306,8 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
         # The split a model was trained on is the one its negatives were mined from, whatever is current by now.
         cleaned = pipeline.store.get("cleaned_pairs", negatives.input("cleaned_pairs"))
     inputs = [cleaned] if negatives is None else [cleaned, negatives]
-    base = locate(settings.base_model, pipeline.folder)
+    base = locate(pipeline.settings.embedder.base_model, pipeline.folder)
+    settings = _trained_in(pipeline, _fitted_embedder(pipeline, cleaned, base))
     processes = world_size(pipeline.settings.launch, settings.nproc_per_node)
     guides, teachers = _learnt_from(pipeline, "guide"), _learnt_from(pipeline, "teacher")
     digests = {
@@ -404,11 +414,11 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
 
     asked, window = pipeline.settings.reranker, pipeline.settings.evaluation.rerank_top_k
     assert asked is not None, "this pipeline has no reranker"
-    settings = _trained_in(pipeline, asked)
-    mining = pipeline.settings.mining.model_copy(update={"num_negatives": settings.num_negatives})
+    mining = pipeline.settings.mining.model_copy(update={"num_negatives": asked.num_negatives})
     embedder = final_embedder(pipeline)
     cleaned = pipeline.store.get("cleaned_pairs", embedder.input("cleaned_pairs"))
     base, trust_remote_code = base_reranker(pipeline, embedder)
+    settings = _trained_in(pipeline, _fitted_reranker(pipeline, asked, cleaned, base))
     processes = world_size(pipeline.settings.launch, settings.nproc_per_node)
     recipe = pipeline.recipe(
         "reranker",
@@ -942,12 +952,12 @@ def base_reranker(pipeline: Pipeline, embedder: Artifact) -> tuple[Path, bool]:
     return embedder.path / MODEL_FOLDER, pipeline.settings.embedder.base_model.trust_remote_code
 
 
-def device_kind() -> str:
+def device_kind() -> Literal["cpu", "gpu"]:
     """`gpu` or `cpu`: part of every recipe that computes embeddings or weights, which differ between the two."""
     return "gpu" if has_gpu_driver() else "cpu"
 
 
-def _training_device(pipeline: Pipeline) -> str:
+def _training_device(pipeline: Pipeline) -> Literal["cpu", "gpu"]:
     """The same for what is trained, perhaps elsewhere than here."""
     launch = pipeline.settings.launch
     return ("gpu" if launch.gpus_per_node else "cpu") if launch.elsewhere else device_kind()
@@ -965,6 +975,30 @@ def _trained_in(pipeline: Pipeline, settings: Trained) -> Trained:
     if pipeline.settings.launch.elsewhere:
         return settings
     return settings.model_copy(update={"precision": _resolved_here(settings.precision)})
+
+
+def _fitted_embedder(pipeline: Pipeline, cleaned: Artifact, base: Path) -> FittedEmbedderSettings:
+    """The embedder's settings with what `auto` stands for, which is what the recipe holds."""
+    settings = pipeline.settings
+    to = _circumstances(pipeline, settings.embedder, cleaned, base)
+    return fit_embedder(settings.embedder, to, settings.source.kind, settings.mining.num_negatives)
+
+
+def _fitted_reranker(
+    pipeline: Pipeline, settings: RerankerSettings, cleaned: Artifact, base: Path
+) -> FittedRerankerSettings:
+    """Likewise; `base` is what it starts from, or as large as that."""
+    to = _circumstances(pipeline, settings, cleaned, base)
+    return fit_reranker(settings, to, fresh_head=not has_trained_head(base))
+
+
+def _circumstances(pipeline: Pipeline, settings: TrainingSettings, cleaned: Artifact, base: Path) -> Circumstances:
+    return Circumstances(
+        shape=shape_of(base),
+        device=_training_device(pipeline),
+        rows=count_split(cleaned.path, "train"),
+        processes=world_size(pipeline.settings.launch, settings.nproc_per_node),
+    )
 
 
 def _training_told(pipeline: Pipeline, settings: TrainingSettings, processes: int) -> dict[str, Any]:
@@ -1034,11 +1068,11 @@ def _check_before_mining(pipeline: Pipeline, cleaned: Artifact) -> None:
     if settings.launch.elsewhere or not settings.source.is_retrieval:
         return
     base = locate(settings.embedder.base_model, pipeline.folder)
-    planned: list[tuple[EmbedderSettings | RerankerSettings, Path]] = [(settings.embedder, base)]
+    planned: list[tuple[FittedSettings, Path]] = [(_fitted_embedder(pipeline, cleaned, base), base)]
     if settings.reranker is not None:
         source = settings.reranker.base_model
         start = locate(source, pipeline.folder) if isinstance(source, ModelSource) else base
-        planned.append((settings.reranker, start))
+        planned.append((_fitted_reranker(pipeline, settings.reranker, cleaned, start), start))
     trainings = [
         Planned(told, folder, _resolved_here(told.precision), processes_per_node(told.nproc_per_node))
         for told, folder in planned

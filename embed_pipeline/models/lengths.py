@@ -41,12 +41,12 @@ def longest_texts(cleaned: Path, folder: Path, query_limit: int, passage_limit: 
         queries = f"read_parquet('{_quoted(cleaned / QUERIES_FILE)}', hive_partitioning=false)"
         passages = f"read_parquet('{_quoted(cleaned / PASSAGES_FILE)}', hive_partitioning=false)"
         texts = database.execute(
-            f"SELECT query FROM {queries} WHERE split = 'train' ORDER BY strlen(query) DESC LIMIT {_LONGEST}"
+            f"SELECT query FROM {queries} WHERE split = 'train' ORDER BY length(query) DESC LIMIT {_LONGEST}"
         ).fetchall()
         count = _count(database, f"{queries} WHERE split = 'train'")
         rank = 3 * _count(database, passages) // max(3, count)
         long = database.execute(
-            f"SELECT title, text FROM {passages} ORDER BY strlen(text) DESC LIMIT {_LONGEST} OFFSET {rank}"
+            f"SELECT title, text FROM {passages} ORDER BY length(text) DESC LIMIT {_LONGEST} OFFSET {rank}"
         ).fetchall()
     if not texts or not long:
         return None

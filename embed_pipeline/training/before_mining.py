@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.fitting import FittedSettings
 from embed_pipeline.losses import EMBEDDER_LOSSES, SourceKind
 from embed_pipeline.models.folder import own_length, pair_length
 from embed_pipeline.models.lengths import longest_texts
@@ -34,7 +35,7 @@ _LENGTH = 512  # of models that say none
 class Planned:
     """A training to come."""
 
-    settings: EmbedderSettings | RerankerSettings
+    settings: FittedSettings
     base_model: Path
     precision: ResolvedPrecision
     processes: int  # on this machine, which share its memory on a CPU
@@ -109,7 +110,7 @@ def _limits(planned: Planned) -> tuple[int, int]:
     return pair, pair
 
 
-def _parts(settings: EmbedderSettings | RerankerSettings, kind: SourceKind) -> int | None:
+def _parts(settings: FittedSettings, kind: SourceKind) -> int | None:
     """Texts that are encoded at a time at least; None: a whole batch."""
     if not isinstance(settings, EmbedderSettings) or settings.engine != "sentence-transformers":
         return None

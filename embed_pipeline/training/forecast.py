@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from embed_pipeline.fitting import FittedSettings
 from embed_pipeline.losses import EMBEDDER_LOSSES, RERANKER_LOSSES, SourceKind
 from embed_pipeline.models.shape import ModelShape
-from embed_pipeline.settings import EmbedderSettings, RerankerSettings, TrainingSettings
+from embed_pipeline.settings import EmbedderSettings, RerankerSettings
 
 NEAR = 0.9  # of the memory: what is told to come near its limit
 IMPOSSIBLE = 1.3  # a forecast so far above what there is cannot be wrong enough to be right
@@ -55,7 +56,7 @@ class Texts:
     tokens: int
 
 
-def batch_of(settings: TrainingSettings, kind: SourceKind, query_tokens: int, passage_tokens: int) -> list[Texts]:
+def batch_of(settings: FittedSettings, kind: SourceKind, query_tokens: int, passage_tokens: int) -> list[Texts]:
     """The batch of a process for the own source of retrieval kind `kind`, whose longest texts have so many tokens.
 
     A cross-encoder reads a query and a passage as one text.
@@ -64,7 +65,6 @@ def batch_of(settings: TrainingSettings, kind: SourceKind, query_tokens: int, pa
     if isinstance(settings, RerankerSettings):
         grouped = settings.engine == "flag-embedding" or RERANKER_LOSSES[settings.loss].rows[kind] != "pair"
         return [Texts(rows * (group if grouped else 1), query_tokens + passage_tokens)]
-    assert isinstance(settings, EmbedderSettings)
     passages = group
     if settings.engine == "sentence-transformers":
         of_rows = {"hardest": min(group, 2), "triplet": 2, "group": group, "teacher_group": group}
@@ -73,7 +73,7 @@ def batch_of(settings: TrainingSettings, kind: SourceKind, query_tokens: int, pa
 
 
 def forecast_memory(
-    settings: TrainingSettings,
+    settings: FittedSettings,
     shape: ModelShape,
     batch: Sequence[Texts],
     arithmetic: Arithmetic,
@@ -104,7 +104,7 @@ def forecast_memory(
 # ---------------------------------------------------------------------------------------------- in words
 
 
-def no_room(settings: TrainingSettings, kind: SourceKind, memory: float, there: float) -> str:
+def no_room(settings: FittedSettings, kind: SourceKind, memory: float, there: float) -> str:
     """The sentences for a training that would need `memory` bytes where `there` are."""
     return (
         f"a process would need {gigabytes(memory)} of {gigabytes(there)} GB memory, at batch_size "
@@ -112,13 +112,13 @@ def no_room(settings: TrainingSettings, kind: SourceKind, memory: float, there: 
     )
 
 
-def little_room(settings: TrainingSettings, kind: SourceKind, memory: float, there: float) -> str:
+def little_room(settings: FittedSettings, kind: SourceKind, memory: float, there: float) -> str:
     """The same for a training that needs nearly all of them."""
     near = "will come near its limit: it needs about"
     return no_room(settings, kind, memory, there).replace("would need", near)
 
 
-def less_memory(settings: TrainingSettings, kind: SourceKind) -> str:
+def less_memory(settings: FittedSettings, kind: SourceKind) -> str:
     """Advice on what takes less memory, what costs least first, as sentences. `kind`: of the pipeline's own source."""
     lengths = "encoding.passage_max_length" if isinstance(settings, EmbedderSettings) else "passage_max_length"
     fewer = f"lower batch_size (gradient_accumulation_steps makes up for it), train_group_size or {lengths}"

@@ -93,6 +93,12 @@ def train(
         steps_before, seconds_before = checkpoints.steps_before, checkpoints.seconds_before
     habits = in_force(trainer.args, prepared.model)
     logger.info("training in %s", habits.told(rank.precision, rank.device))
+    logger.info(
+        "learning rate %g, batches of %d x %d passages",
+        settings.learning_rate,
+        settings.batch_size,
+        settings.train_group_size,
+    )
     forecast = None
     with plain_memory_errors(job):
         if settings.preflight:
@@ -132,7 +138,9 @@ def train(
         **asdict(habits),
         threads=torch.get_num_threads(),
         seed=job.seed,
+        learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
+        train_group_size=settings.train_group_size,
         sub_batch_size=getattr(settings, "parts", None),
         **told,
     )

@@ -12,8 +12,8 @@ from small_problem import Problem
 from transformers import BertConfig, BertModel
 
 from embed_pipeline.errors import ModelError, TrainingError
+from embed_pipeline.fitting import FittedEmbedderSettings, FittedRerankerSettings
 from embed_pipeline.models.shape import ModelShape, shape_of
-from embed_pipeline.settings import EmbedderSettings, RerankerSettings
 from embed_pipeline.training import before_mining
 from embed_pipeline.training.before_mining import Planned, check_before_mining
 from embed_pipeline.training.forecast import (
@@ -84,7 +84,7 @@ def test_a_shape_is_read_off_the_folder(tiny_bert_folder: Path, tmp_path: Path) 
 
 
 def test_the_default_batch_of_a_base_model_needs_more_than_24_gb_unless_it_is_encoded_in_parts() -> None:
-    settings = EmbedderSettings.model_validate({"base_model": {"path": "x"}, "batch_size": 64, "train_group_size": 5})
+    settings = _embedder(Path("x"), batch_size=64, train_group_size=5).settings
     batch = batch_of(settings, "pairs", 32, 256)
     assert batch == [Texts(64, 32), *[Texts(64, 256)] * 5]
     whole = forecast_memory(settings, BASE, batch, EAGER, on_gpu=False)
@@ -103,13 +103,15 @@ def test_only_what_is_clearly_impossible_is_refused(memory: float, limit: float,
 
 
 def _embedder(folder: Path, **told: Any) -> Planned:
-    told = {"base_model": {"path": str(folder)}, **told}
-    return Planned(EmbedderSettings.model_validate(told), folder, "float32", 1)
+    given = {"batch_size": 4, "train_group_size": 3, "learning_rate": 1e-3, **told}
+    settings = FittedEmbedderSettings.model_validate({"base_model": {"path": str(folder)}, **given})
+    return Planned(settings, folder, "float32", 1)
 
 
 def _reranker(folder: Path, **told: Any) -> Planned:
-    told = {"base_model": {"path": str(folder)}, **told}
-    return Planned(RerankerSettings.model_validate(told), folder, "float32", 1)
+    given = {"batch_size": 4, "random_negatives": 0, "learning_rate": 1e-3, **told}
+    settings = FittedRerankerSettings.model_validate({"base_model": {"path": str(folder)}, **given})
+    return Planned(settings, folder, "float32", 1)
 
 
 def test_what_cannot_fit_is_told_before_mining(

@@ -1,0 +1,51 @@
+"""How long texts are for a model, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from embed_pipeline import tables
+from embed_pipeline.models.lengths import LongestTexts, longest_texts
+
+
+@pytest.fixture
+def cleaned(tmp_path: Path) -> Path:
+    """Train queries of 1 to 100 words, a longer one of test, and 1,000 passages of up to 200 words."""
+    queries = [" ".join(["garden"] * (i + 1)) for i in range(100)] + [" ".join(["garden"] * 120)]
+    table = pa.table(
+        {
+            "query_id": [f"q{i}" for i in range(101)],
+            "query": queries,
+            "split": ["train"] * 100 + ["test"],
+            "group_id": [f"g{i}" for i in range(101)],
+        }
+    )
+    tables.write(table, tables.QUERIES, tmp_path / tables.QUERIES_FILE)
+    ids = [f"p{i}" for i in range(1_000)]
+    table = pa.table(
+        {
+            "passage_id": ids,
+            "title": pa.array(["river"] * 1_000),
+            "text": [" ".join(["violin"] * (200 * (i + 1) // 1_000)) or "violin" for i in range(1_000)],
+            "document_id": pa.nulls(1_000, pa.string()),
+            "cluster_id": ids,
+        }
+    )
+    tables.write(table, tables.PASSAGES, tmp_path / tables.PASSAGES_FILE)
+    return tmp_path
+
+
+def test_the_longest_texts_are_those_that_a_batch_will_hold(cleaned: Path, tiny_bert_folder: Path) -> None:
+    # Two special tokens and the title; three of a hundred passages that are drawn are longer.
+    found = longest_texts(cleaned, tiny_bert_folder, 512, 512)
+    assert found is not None
+    assert found.query == 102
+    assert 192 <= found.passage <= 198
+    assert longest_texts(cleaned, tiny_bert_folder, 20, 30) == LongestTexts(20, 30)
+
+
+def test_a_model_without_a_tokenizer_that_can_be_read(cleaned: Path, tmp_path: Path) -> None:
+    assert longest_texts(cleaned, tmp_path, 512, 512) is None
