@@ -226,7 +226,8 @@ class ModelSource(Settings):
 class EncodingSettings(Settings):
     """How a text becomes an embedding. Saved with the trained model and used by every stage after it.
 
-    What is left out is taken from the base model's own folder, so a base model is used as its authors meant it.
+    What is left out is taken from the base model's own folder, so a base model is used as its authors meant it; the
+    maximum lengths follow from the texts.
     FlagEmbedding's names are accepted as well.
     """
 
@@ -245,14 +246,15 @@ class EncodingSettings(Settings):
         ge=4,
         le=MOST_TOKENS,
         validation_alias=AliasChoices("query_max_length", "query_max_len"),
-        description="tokens, special ones included; longer queries are cut",
+        description="tokens, special ones included; longer queries are cut. Unset: as many as 95 % of the train "
+        "queries have, rounded up to a multiple of 8, at least 32 and at most the base model's own maximum",
     )
     passage_max_length: int | None = Field(
         None,
         ge=4,
         le=MOST_TOKENS,
         validation_alias=AliasChoices("passage_max_length", "passage_max_len"),
-        description="likewise; time and memory grow with it",
+        description="likewise, by all passages; time and memory grow with it",
     )
     pooling: Literal["cls", "mean", "lasttoken"] | None = Field(
         None,

@@ -51,6 +51,7 @@ from embed_pipeline.models.shape import shape_of
 from embed_pipeline.models.source import locate, weights_digest
 from embed_pipeline.settings import (
     SMOKE_TEST_QUERIES,
+    EncodingSettings,
     LaunchSettings,
     LossSettings,
     MiningSettings,
@@ -272,13 +273,14 @@ def make_hard_negatives(pipeline: Pipeline, launch: Launch = launch_job) -> Prod
     mined = [source for source in settings.sources if source.is_retrieval]
     cleaned = pipeline.store.current("cleaned_pairs")
     base = locate(settings.embedder.base_model, pipeline.folder)
-    told = {"encoding": settings.embedder.encoding.model_dump(mode="json"), **_mining_told(pipeline, settings.mining)}
+    encoding = encoding_for(pipeline, cleaned)
+    told = {"encoding": encoding.model_dump(mode="json"), **_mining_told(pipeline, settings.mining)}
     digests = {"base_embedder": weights_digest(base), **_cross_encoder_digest(pipeline)}
 
     def make(out: Path) -> Made:
         _check_before_mining(pipeline, cleaned)
         ranks = ranks_of(pipeline, launch)
-        embedder = base_embedder(pipeline, ranks)
+        embedder = base_embedder(pipeline, encoding, ranks)
         reports: dict[str | None, dict[str, Any]] = {}
         for source in mined:
             folder = source_folder(out, source.extra_name)
@@ -350,9 +352,10 @@ def make_merged_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Pro
     _refuse_another_base(pipeline, embedder)
     base = locate(settings.embedder.base_model, pipeline.folder)
     inputs, trust = [cleaned, embedder], settings.embedder.base_model.trust_remote_code
+    encoding = encoding_for(pipeline, cleaned)
     told = {
         "forgetting": settings.forgetting.model_dump(mode="json"),
-        "encoding": settings.embedder.encoding.model_dump(mode="json"),
+        "encoding": encoding.model_dump(mode="json"),
         "encode_precision": pipeline.encode_precision,
         "device": device_kind(),
     }
@@ -365,7 +368,7 @@ def make_merged_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Pro
         job = EmbedderJob.read(embedder.path / JOB_FILE).model_copy(update={"cleaned_pairs": cleaned.path})
         with pipeline.tracked("merged_embedder") as tracked, tracked.system_metrics_of_this_process():
             report = merge(
-                Ancestry(base, settings.embedder.encoding, embedder.path / MODEL_FOLDER, trust),
+                Ancestry(base, encoding, embedder.path / MODEL_FOLDER, trust),
                 # What the training chose its best weights by.
                 EmbedderDevSet.read(job) if settings.source.is_retrieval else DevPairs.read(job),
                 _load_guards(pipeline),
@@ -540,7 +543,7 @@ def _compared_models(
     settings = pipeline.settings.embedder
     models = ComparedModels(
         base_embedder=locate(settings.base_model, pipeline.folder),
-        base_encoding=settings.encoding,
+        base_encoding=encoding_for(pipeline, cleaned),
         embedder=embedder.path / MODEL_FOLDER,
         champion=_champion_models(pipeline, champion, cleaned) if champion else None,
         trust_embedder_code=settings.base_model.trust_remote_code,
@@ -868,7 +871,8 @@ def negatives_of(pipeline: Pipeline, embedder: Artifact) -> Artifact | None:
 
 def _refuse_another_base(pipeline: Pipeline, embedder: Artifact) -> None:
     base = weights_digest(locate(pipeline.settings.embedder.base_model, pipeline.folder))
-    encoding = pipeline.settings.embedder.encoding.model_dump(mode="json")
+    cleaned = pipeline.store.get("cleaned_pairs", embedder.input("cleaned_pairs"))
+    encoding = encoding_for(pipeline, cleaned).model_dump(mode="json")
     made_from = embedder.manifest.recipe
     if made_from.inputs["base_embedder"] != base or made_from.settings["encoding"] != encoding:
         raise ArtifactError(
@@ -915,15 +919,34 @@ def ranks_of(pipeline: Pipeline, launch: Launch) -> Ranks:
     return Ranks(pipeline.store.embeddings_folder, world_size(site.settings, told.encode_processes), start)
 
 
-def base_embedder(pipeline: Pipeline, ranks: Ranks) -> Embedder:
-    """The base model, encoding as the pipeline's YAML says."""
+def encoding_for(pipeline: Pipeline, cleaned: Artifact) -> EncodingSettings:
+    """The encoding that the YAML states, with maximum lengths by the texts of `cleaned` where it states none."""
+    told = pipeline.settings.embedder.encoding
+    if told.query_max_length is not None and told.passage_max_length is not None:
+        return told
+    from embed_pipeline.models.lengths import fitted_lengths
+
+    base = locate(pipeline.settings.embedder.base_model, pipeline.folder)
+    lengths = fitted_lengths(cleaned.path, base, told.query_prompt, told.passage_prompt)
+    if lengths is None:
+        return told
+    return told.model_copy(
+        update={
+            "query_max_length": told.query_max_length or lengths.query,
+            "passage_max_length": told.passage_max_length or lengths.passage,
+        }
+    )
+
+
+def base_embedder(pipeline: Pipeline, encoding: EncodingSettings, ranks: Ranks) -> Embedder:
+    """The base model, encoding as `encoding_for` says."""
     from embed_pipeline.models.embedder import Embedder
 
     settings = pipeline.settings
     source = settings.embedder.base_model
     return Embedder(
         locate(source, pipeline.folder),
-        settings.embedder.encoding,
+        encoding,
         precision=pipeline.encode_precision,
         trust_remote_code=source.trust_remote_code,
         ranks=ranks,
@@ -981,7 +1004,8 @@ def _fitted_embedder(pipeline: Pipeline, cleaned: Artifact, base: Path) -> Fitte
     """The embedder's settings with what `auto` stands for, which is what the recipe holds."""
     settings = pipeline.settings
     to = _circumstances(pipeline, settings.embedder, cleaned, base)
-    return fit_embedder(settings.embedder, to, settings.source.kind, settings.mining.num_negatives)
+    told = settings.embedder.model_copy(update={"encoding": encoding_for(pipeline, cleaned)})
+    return fit_embedder(told, to, settings.source.kind, settings.mining.num_negatives)
 
 
 def _fitted_reranker(

@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 from embed_pipeline.errors import ModelError
 from embed_pipeline.models.blocks import BATCH_SIZE
-from embed_pipeline.models.folder import usable_length
+from embed_pipeline.models.folder import PASSAGE_PROMPT_NAMES, usable_length
 from embed_pipeline.models.job import EncodingJob, Task
 from embed_pipeline.models.padding import set_padding
 from embed_pipeline.models.precision import ResolvedPrecision, autocast, default_device, resolve_precision
@@ -22,7 +22,6 @@ from embed_pipeline.models.ranks import ALONE, Ranks, model_digest, set_aside, t
 from embed_pipeline.settings import EncodingSettings, Precision
 
 _WHAT = {"query": "queries", "document": "passages", "sentence": "sentences"}
-PASSAGE_PROMPT_NAMES = ("document", "passage", "corpus")
 
 
 def load_sentence_transformer(

@@ -10,7 +10,7 @@ from pathlib import Path
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.fitting import FittedSettings
 from embed_pipeline.losses import EMBEDDER_LOSSES, SourceKind
-from embed_pipeline.models.folder import own_length, pair_length
+from embed_pipeline.models.folder import own_lengths, pair_length
 from embed_pipeline.models.lengths import longest_texts
 from embed_pipeline.models.precision import ResolvedPrecision
 from embed_pipeline.models.shape import shape_of
@@ -102,10 +102,10 @@ def _check_memory(cleaned: Path, kind: SourceKind, planned: Planned, device: str
 
 def _limits(planned: Planned) -> tuple[int, int]:
     """Tokens of a query and of a passage at most."""
-    settings, limit = planned.settings, own_length(planned.base_model) or _LENGTH
+    settings = planned.settings
     if isinstance(settings, EmbedderSettings):
-        encoding = settings.encoding
-        return encoding.query_max_length or limit, encoding.passage_max_length or limit
+        encoding, (query, passage) = settings.encoding, own_lengths(planned.base_model)
+        return encoding.query_max_length or query or _LENGTH, encoding.passage_max_length or passage or _LENGTH
     pair = pair_length(planned.base_model, settings)
     return pair, pair
 

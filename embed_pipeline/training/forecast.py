@@ -35,7 +35,7 @@ def activation_bytes(shape: ModelShape | None, tokens: int, arithmetic: Arithmet
 
     Without a shape it is the number of tokens: good for comparing texts only.
     """
-    return float(tokens) if shape is None else (shape.layers + 1) * layer_bytes(shape, tokens, arithmetic)
+    return float(tokens) if shape is None else (shape.layers + 0.5) * layer_bytes(shape, tokens, arithmetic)
 
 
 def layer_bytes(shape: ModelShape, tokens: int, arithmetic: Arithmetic) -> float:
