@@ -8,6 +8,7 @@ works, so that finding out that nothing changed takes a moment.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
@@ -92,11 +93,14 @@ if TYPE_CHECKING:
     from embed_pipeline.evaluation.guard_sets import GuardSet
     from embed_pipeline.mining.report import MiningReport
     from embed_pipeline.models.embedder import Embedder
+    from embed_pipeline.models.lengths import FittedLengths
     from embed_pipeline.models.ranks import Ranks
     from embed_pipeline.publishing.card import Kind
     from embed_pipeline.tracking.promotion import Promoted
     from embed_pipeline.tracking.registry import Candidate
     from embed_pipeline.training.job import TrainingJob
+
+logger = logging.getLogger(__name__)
 
 # Part of every recipe: raise a stage's number when a change to its code changes what it makes.
 CODE_VERSIONS = {
@@ -278,6 +282,8 @@ def make_hard_negatives(pipeline: Pipeline, launch: Launch = launch_job) -> Prod
     digests = {"base_embedder": weights_digest(base), **_cross_encoder_digest(pipeline)}
 
     def make(out: Path) -> Made:
+        if (lengths := _lengths(pipeline, cleaned)) is not None:
+            logger.info("%s", lengths.sentence())
         _check_before_mining(pipeline, cleaned)
         ranks = ranks_of(pipeline, launch)
         embedder = base_embedder(pipeline, encoding, ranks)
@@ -921,13 +927,7 @@ def ranks_of(pipeline: Pipeline, launch: Launch) -> Ranks:
 
 def encoding_for(pipeline: Pipeline, cleaned: Artifact) -> EncodingSettings:
     """The encoding that the YAML states, with maximum lengths by the texts of `cleaned` where it states none."""
-    told = pipeline.settings.embedder.encoding
-    if told.query_max_length is not None and told.passage_max_length is not None:
-        return told
-    from embed_pipeline.models.lengths import fitted_lengths
-
-    base = locate(pipeline.settings.embedder.base_model, pipeline.folder)
-    lengths = fitted_lengths(cleaned.path, base, told.query_prompt, told.passage_prompt)
+    told, lengths = pipeline.settings.embedder.encoding, _lengths(pipeline, cleaned)
     if lengths is None:
         return told
     return told.model_copy(
@@ -936,6 +936,17 @@ def encoding_for(pipeline: Pipeline, cleaned: Artifact) -> EncodingSettings:
             "passage_max_length": told.passage_max_length or lengths.passage,
         }
     )
+
+
+def _lengths(pipeline: Pipeline, cleaned: Artifact) -> FittedLengths | None:
+    """Those of the texts, where the YAML leaves one open."""
+    from embed_pipeline.models.lengths import fitted_lengths
+
+    told = pipeline.settings.embedder.encoding
+    if told.query_max_length is not None and told.passage_max_length is not None:
+        return None
+    base = locate(pipeline.settings.embedder.base_model, pipeline.folder)
+    return fitted_lengths(cleaned.path, base, told.query_prompt, told.passage_prompt)
 
 
 def base_embedder(pipeline: Pipeline, encoding: EncodingSettings, ranks: Ranks) -> Embedder:

@@ -22,7 +22,6 @@ _SAMPLE = 1_000  # texts of a kind: the share that is cut is then known to 0.7 %
 _SHARE = 0.95
 _MULTIPLE = 8  # of which matrix units like their sides
 _SHORTEST = 32  # below, nothing is saved
-_ENOUGH = 1_000_000  # tokens: no limit
 _CHARACTERS = 20  # of a token at most, so that a book is not tokenized to see that it is too long
 
 
@@ -43,7 +42,9 @@ class FittedLengths:
 
 
 @functools.lru_cache(maxsize=16)
-def fitted_lengths(cleaned: Path, folder: Path, query_prompt: str | None, passage_prompt: str | None) -> FittedLengths | None:
+def fitted_lengths(
+    cleaned: Path, folder: Path, query_prompt: str | None, passage_prompt: str | None
+) -> FittedLengths | None:
     """The 95th percentile of the tokens of train queries and of passages, special ones and prompts included.
 
     Rounded up to a multiple of 8, at least 32, at most the lengths that the model in `folder` has itself. Sentences of
@@ -59,8 +60,8 @@ def fitted_lengths(cleaned: Path, folder: Path, query_prompt: str | None, passag
         return None
     before_query = prompts[0] if query_prompt is None else query_prompt
     before_passage = prompts[1] if passage_prompt is None else passage_prompt
-    of_queries = _tokens(tokenizer, [before_query + text for text in queries], _ENOUGH)
-    of_passages = _tokens(tokenizer, [before_passage + text for text in passages], _ENOUGH)
+    of_queries = _tokens(tokenizer, [before_query + text for text in queries], limits[0] + 1)
+    of_passages = _tokens(tokenizer, [before_passage + text for text in passages], limits[1] + 1)
     query, passage = _fitted(of_queries, limits[0]), _fitted(of_passages, limits[1])
     return FittedLengths(query, passage, float((of_queries > query).mean()), float((of_passages > passage).mean()))
 
