@@ -44,6 +44,7 @@ def test_a_batch_that_does_not_fit_is_encoded_in_the_largest_parts_that_do(
 ) -> None:
     whole = train_here("embedder", **EXACT)
     assert whole.summary["sub_batch_size"] is None
+    assert same_weights(whole, train_here("embedder", sub_batch_size=None, **EXACT))  # looking left nothing behind
     with_memory(175.0)  # of which 57 are for activations: 240 are needed by all, about 12 by a text
     with caplog.at_level(logging.INFO):
         in_parts = train_here("embedder", **EXACT)
