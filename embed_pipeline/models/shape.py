@@ -13,6 +13,7 @@ _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")
 _INTERMEDIATE = ("intermediate_size", "hidden_dim", "d_ff", "n_inner")
 _WORDS = ("vocab_size",)
+_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class ModelShape:
     intermediate: int
     words: int  # of the vocabulary
     positions: int
+    dropout: bool = False  # while training, unless it is set
+    architecture: str = "bert"
 
     @property
     def layer_parameters(self) -> int:
@@ -54,6 +57,8 @@ def shape_of(folder: Path) -> ModelShape | None:
         intermediate=_number(config, _INTERMEDIATE) or 4 * hidden,
         words=_number(config, _WORDS) or 0,
         positions=_number(config, ("max_position_embeddings", "n_positions")) or 0,
+        dropout=any(isinstance(config.get(name), float) and config[name] > 0 for name in _DROPOUT),
+        architecture=str(config.get("model_type")),
     )
 
 

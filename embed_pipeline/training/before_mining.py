@@ -82,17 +82,20 @@ def _check_memory(cleaned: Path, kind: SourceKind, planned: Planned, device: str
     passage = longest.passage
     if isinstance(settings, RerankerSettings):  # whose limit is one for both together
         passage = min(passage, passage_limit - longest.query)
+    if settings.find_batch_size:  # which finds one that fits, if there is any
+        settings = settings.model_copy(update={"batch_size": 1})
+    dropout = shape.dropout if settings.dropout is None else settings.dropout > 0
     memory = forecast_memory(
         settings,
         shape,
         batch_of(settings, kind, longest.query, passage),
-        Arithmetic(planned.precision != "float32", eager=not on_gpu, dropout=settings.dropout != 0.0),
+        Arithmetic(planned.precision != "float32", eager=not on_gpu, dropout=dropout),
         on_gpu=on_gpu,
         parts=_parts(settings, kind),
     )
     sharing = 1 if on_gpu else planned.processes
     limit, free = memory_limit(device) / sharing, free_memory(device) / sharing
-    found = verdict(memory, limit, free)
+    found = verdict(shape, memory, limit, free)
     if found == "impossible":
         raise TrainingError(f"{planned.asset}: {no_room(settings, kind, memory, limit)}")
     logger.info("%s: about %s of %s GB memory", planned.asset, gigabytes(memory), gigabytes(limit))
@@ -115,6 +118,6 @@ def _parts(settings: FittedSettings, kind: SourceKind) -> int | None:
     if not isinstance(settings, EmbedderSettings) or settings.engine != "sentence-transformers":
         return None
     loss = EMBEDDER_LOSSES[settings.loss_for(kind)]
-    if settings.sub_batch_size == "auto":
-        return 1 if loss.caches or loss.cached else None
-    return settings.sub_batch_size
+    if not loss.caches and (loss.cached is None or settings.sub_batch_size is None):
+        return None
+    return settings.parts or 1

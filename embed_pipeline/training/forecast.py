@@ -8,7 +8,7 @@ are mined. The constants are those of the activations that autograd keeps of BER
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from embed_pipeline.fitting import FittedSettings
@@ -18,6 +18,9 @@ from embed_pipeline.settings import EmbedderSettings, RerankerSettings
 
 NEAR = 0.9  # of the memory: what is told to come near its limit
 IMPOSSIBLE = 1.3  # a forecast so far above what there is cannot be wrong enough to be right
+# Architectures whose layers are BERT's. Of others a forecast is a guess, which refuses nothing.
+_LIKE_BERT = ("bert", "camembert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
+_OF_ADAPTERS = 0.5  # of the activations: layers that are not trained themselves need not keep what they read
 _PROCESS = 600e6  # bytes of a process that has loaded torch and the libraries, on a CPU
 
 
@@ -89,10 +92,12 @@ def forecast_memory(
     copies = 1 + (3 if trains_all and str(settings.arguments.get("optim", "adamw")).startswith("adamw") else 0)
     weights = 4 * shape.parameters * copies + (2 * shape.layer_parameters if arithmetic.half else 0)
 
+    learning = replace(shape, layers=max(0, shape.layers - settings.freeze.layers))  # others keep nothing
+
     def of_text(tokens: int) -> float:
         if settings.gradient_checkpointing:  # the input of every layer, and one layer that is computed again
-            return shape.layers * 4 * tokens * shape.hidden + layer_bytes(shape, tokens, arithmetic)
-        return activation_bytes(shape, tokens, arithmetic)
+            return learning.layers * 4 * tokens * shape.hidden + layer_bytes(shape, tokens, arithmetic)
+        return activation_bytes(learning, tokens, arithmetic) * (1.0 if settings.lora is None else _OF_ADAPTERS)
 
     if parts is None:
         activations = sum(texts.count * of_text(texts.tokens) for texts in batch)
@@ -141,8 +146,8 @@ def gigabytes(size: float) -> str:
 Verdict = Literal["fits", "near", "impossible"]
 
 
-def verdict(memory: float, limit: float, free: float) -> Verdict:
+def verdict(shape: ModelShape, memory: float, limit: float, free: float) -> Verdict:
     """`limit`: bytes that there are in all; `free`: those that nobody holds now. Others may give theirs back."""
-    if memory > IMPOSSIBLE * limit:
+    if memory > IMPOSSIBLE * limit and shape.architecture in _LIKE_BERT:
         return "impossible"
     return "near" if memory > NEAR * free else "fits"

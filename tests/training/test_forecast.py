@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ def test_a_shape_is_read_off_the_folder(tiny_bert_folder: Path, tmp_path: Path) 
     shape = shape_of(tiny_bert_folder)
     assert shape is not None
     assert (shape.layers, shape.hidden, shape.heads, shape.intermediate) == (2, 32, 2, 64)
+    assert shape.dropout
+    assert shape.architecture == "bert"
     (tmp_path / "config.json").write_text(json.dumps({"dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072}))
     distilled = shape_of(tmp_path)  # DistilBERT's names
     assert distilled is not None
@@ -99,7 +102,9 @@ def test_the_default_batch_of_a_base_model_needs_more_than_24_gb_unless_it_is_en
     [(13.1, 10, 10, "impossible"), (12.9, 10, 10, "near"), (8.9, 10, 10, "fits"), (8.9, 10, 9, "near")],
 )
 def test_only_what_is_clearly_impossible_is_refused(memory: float, limit: float, free: float, expected: str) -> None:
-    assert verdict(memory, limit, free) == expected
+    assert verdict(BASE, memory, limit, free) == expected
+    guessed = dataclasses.replace(BASE, architecture="of nobody")
+    assert verdict(guessed, memory, limit, free) == ("fits" if expected == "fits" else "near")
 
 
 def _embedder(folder: Path, **told: Any) -> Planned:
@@ -132,6 +137,9 @@ def test_what_cannot_fit_is_told_before_mining(
         check(_embedder(tiny_bert_folder, sub_batch_size=None, **large))
     check(_embedder(tiny_bert_folder, **large))  # auto: in parts it fits
     assert "embedder: a process will come near its limit" in caplog.text  # torch alone takes most of it
+    with pytest.raises(TrainingError, match=expected + r"gradient_checkpointing: true"):
+        check(_embedder(tiny_bert_folder, loss="TripletLoss", **large))
+    check(_embedder(tiny_bert_folder, loss="CachedMultipleNegativesRankingLoss", sub_batch_size=None, **large))
     with pytest.raises(TrainingError, match=r"^reranker: .*Set gradient_checkpointing: true"):
         check(_reranker(tiny_bert_folder, query_max_length=32, passage_max_length=64, **large))
 
