@@ -277,12 +277,12 @@ def make_hard_negatives(pipeline: Pipeline, launch: Launch = launch_job) -> Prod
     mined = [source for source in settings.sources if source.is_retrieval]
     cleaned = pipeline.store.current("cleaned_pairs")
     base = locate(settings.embedder.base_model, pipeline.folder)
-    encoding = encoding_for(pipeline, cleaned)
+    encoding = encoding_for(pipeline, cleaned, base)
     told = {"encoding": encoding.model_dump(mode="json"), **_mining_told(pipeline, settings.mining)}
     digests = {"base_embedder": weights_digest(base), **_cross_encoder_digest(pipeline)}
 
     def make(out: Path) -> Made:
-        if (lengths := _lengths(pipeline, cleaned)) is not None:
+        if (lengths := _lengths(pipeline, cleaned, base)) is not None:
             logger.info("%s", lengths.sentence())
         _check_before_mining(pipeline, cleaned)
         ranks = ranks_of(pipeline, launch)
@@ -358,7 +358,7 @@ def make_merged_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Pro
     _refuse_another_base(pipeline, embedder)
     base = locate(settings.embedder.base_model, pipeline.folder)
     inputs, trust = [cleaned, embedder], settings.embedder.base_model.trust_remote_code
-    encoding = encoding_for(pipeline, cleaned)
+    encoding = encoding_for(pipeline, cleaned, base)
     told = {
         "forgetting": settings.forgetting.model_dump(mode="json"),
         "encoding": encoding.model_dump(mode="json"),
@@ -547,9 +547,10 @@ def _compared_models(
     from embed_pipeline.evaluation.compared import ComparedModels
 
     settings = pipeline.settings.embedder
+    base = locate(settings.base_model, pipeline.folder)
     models = ComparedModels(
-        base_embedder=locate(settings.base_model, pipeline.folder),
-        base_encoding=encoding_for(pipeline, cleaned),
+        base_embedder=base,
+        base_encoding=encoding_for(pipeline, cleaned, base),
         embedder=embedder.path / MODEL_FOLDER,
         champion=_champion_models(pipeline, champion, cleaned) if champion else None,
         trust_embedder_code=settings.base_model.trust_remote_code,
@@ -876,11 +877,11 @@ def negatives_of(pipeline: Pipeline, embedder: Artifact) -> Artifact | None:
 
 
 def _refuse_another_base(pipeline: Pipeline, embedder: Artifact) -> None:
-    base = weights_digest(locate(pipeline.settings.embedder.base_model, pipeline.folder))
+    base = locate(pipeline.settings.embedder.base_model, pipeline.folder)
     cleaned = pipeline.store.get("cleaned_pairs", embedder.input("cleaned_pairs"))
-    encoding = encoding_for(pipeline, cleaned).model_dump(mode="json")
+    encoding = encoding_for(pipeline, cleaned, base).model_dump(mode="json")
     made_from = embedder.manifest.recipe
-    if made_from.inputs["base_embedder"] != base or made_from.settings["encoding"] != encoding:
+    if made_from.inputs["base_embedder"] != weights_digest(base) or made_from.settings["encoding"] != encoding:
         raise ArtifactError(
             f"{_title(embedder)} was not trained from the base model and encoding that the YAML names now, so a gain "
             f"over them would mean nothing. {_train_again(pipeline)}"
@@ -925,9 +926,12 @@ def ranks_of(pipeline: Pipeline, launch: Launch) -> Ranks:
     return Ranks(pipeline.store.embeddings_folder, world_size(site.settings, told.encode_processes), start)
 
 
-def encoding_for(pipeline: Pipeline, cleaned: Artifact) -> EncodingSettings:
-    """The encoding that the YAML states, with maximum lengths by the texts of `cleaned` where it states none."""
-    told, lengths = pipeline.settings.embedder.encoding, _lengths(pipeline, cleaned)
+def encoding_for(pipeline: Pipeline, cleaned: Artifact, base: Path) -> EncodingSettings:
+    """The encoding that the YAML states, with maximum lengths by the texts of `cleaned` where it states none.
+
+    `base`: the folder of the base embedder.
+    """
+    told, lengths = pipeline.settings.embedder.encoding, _lengths(pipeline, cleaned, base)
     if lengths is None:
         return told
     return told.model_copy(
@@ -938,14 +942,13 @@ def encoding_for(pipeline: Pipeline, cleaned: Artifact) -> EncodingSettings:
     )
 
 
-def _lengths(pipeline: Pipeline, cleaned: Artifact) -> FittedLengths | None:
+def _lengths(pipeline: Pipeline, cleaned: Artifact, base: Path) -> FittedLengths | None:
     """Those of the texts, where the YAML leaves one open."""
     from embed_pipeline.models.lengths import fitted_lengths
 
     told = pipeline.settings.embedder.encoding
     if told.query_max_length is not None and told.passage_max_length is not None:
         return None
-    base = locate(pipeline.settings.embedder.base_model, pipeline.folder)
     return fitted_lengths(cleaned.path, base, told.query_prompt, told.passage_prompt)
 
 
@@ -1015,7 +1018,7 @@ def _fitted_embedder(pipeline: Pipeline, cleaned: Artifact, base: Path) -> Fitte
     """The embedder's settings with what `auto` stands for, which is what the recipe holds."""
     settings = pipeline.settings
     to = _circumstances(pipeline, settings.embedder, cleaned, base)
-    told = settings.embedder.model_copy(update={"encoding": encoding_for(pipeline, cleaned)})
+    told = settings.embedder.model_copy(update={"encoding": encoding_for(pipeline, cleaned, base)})
     return fit_embedder(told, to, settings.source.kind, settings.mining.num_negatives)
 
 

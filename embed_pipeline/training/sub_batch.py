@@ -59,10 +59,10 @@ def prepare_within_memory(
         if all(from_all(_whole_fits(whole, rank, prepared, sources, needs))):
             record(job, _FOUND, rank, None)
             return whole, sources, prepared
+        del prepared
         if rank.device == "cpu":
             parts = min(from_all(_parts_on_cpu(job, rank, needs)))
         else:
-            del prepared
             torch.cuda.empty_cache()
             parts = _parts_on_gpu(job, rank, in_parts, prepare)
         record(job, _FOUND, rank, parts)
