@@ -219,8 +219,9 @@ def measure_training(
 ) -> dict[str, Any]:
     """Samples and tokens a second of our job on one process, its operations, and its memory."""
     from embed_pipeline.launch.torchrun import torchrun_command
+    from embed_pipeline.model_files import SUMMARY_FILE
     from embed_pipeline.settings import EmbedderSettings
-    from embed_pipeline.training.job import SUMMARY_FILE, EmbedderJob
+    from embed_pipeline.training.job import EmbedderJob
 
     count = sizes.batch_size * sizes.steps
     queries = random_texts(words, np.full(count, QUERY_TOKENS), 1)

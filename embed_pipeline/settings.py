@@ -60,6 +60,7 @@ Scheduler = Literal[
     "warmup_stable_decay",
 ]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Auto = Literal["auto"]
 PIPELINE_NAME = r"[a-z][a-z0-9_]*"
 # Part of names of folders, jobs and registered models, of which the longest parts that are added leave so much.
 LONGEST_NAME = 64
@@ -225,7 +226,8 @@ class ModelSource(Settings):
 class EncodingSettings(Settings):
     """How a text becomes an embedding. Saved with the trained model and used by every stage after it.
 
-    What is left out is taken from the base model's own folder, so a base model is used as its authors meant it.
+    What is left out is taken from the base model's own folder, so a base model is used as its authors meant it; the
+    maximum lengths follow from the texts.
     FlagEmbedding's names are accepted as well.
     """
 
@@ -244,14 +246,15 @@ class EncodingSettings(Settings):
         ge=4,
         le=MOST_TOKENS,
         validation_alias=AliasChoices("query_max_length", "query_max_len"),
-        description="tokens, special ones included; longer queries are cut",
+        description="tokens, special ones included; longer queries are cut. Unset: as many as 95 % of the train "
+        "queries have, rounded up to a multiple of 8, at least 32 and at most the base model's own maximum",
     )
     passage_max_length: int | None = Field(
         None,
         ge=4,
         le=MOST_TOKENS,
         validation_alias=AliasChoices("passage_max_length", "passage_max_len"),
-        description="likewise; time and memory grow with it",
+        description="likewise, by all passages; time and memory grow with it",
     )
     pooling: Literal["cls", "mean", "lasttoken"] | None = Field(
         None,
@@ -638,20 +641,25 @@ class TrainingSettings(Settings):
     train_queries: int | None = Field(
         None, ge=1, le=MOST_ROWS, description="train on a seeded sample of this many queries"
     )
-    train_group_size: int = Field(
-        5,
-        ge=1,
-        le=1_000,
-        description="passages per query in a batch: one positive and train_group_size - 1 hard negatives",
+    train_group_size: Auto | Annotated[int, Field(ge=1, le=1_000)] = Field(
+        "auto",
+        description="passages per query in a batch: one positive and train_group_size - 1 hard negatives; auto: 5 on a "
+        "GPU and 2 on a CPU",
     )
-    batch_size: int = Field(64, ge=1, le=1_000_000, description="queries per process and step")
+    batch_size: Auto | Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        "auto", description="queries per process and step; auto: 64, or as few as 16 where that makes too few steps"
+    )
     gradient_accumulation_steps: int = Field(
         1,
         ge=1,
         le=1_000_000,
         description="batches whose gradients make one step; in-batch negatives stay those of one batch",
     )
-    learning_rate: float = Field(2e-5, ge=1e-30, le=100, description="its highest value; small models take 1e-4")
+    learning_rate: Auto | Annotated[float, Field(ge=1e-30, le=100)] = Field(
+        "auto",
+        description="its highest value; auto: 1e-4 for small models, 2e-5 for those of the size of BERT-base, 1e-5 for "
+        "large ones, and ten times that for the adapters of `lora`",
+    )
     weight_decay: float = Field(0.01, ge=0, le=10, description="of AdamW; biases and norms are left out")
     warmup_ratio: float = Field(0.1, ge=0.0, lt=1.0, description="share of the steps in which the rate rises")
     scheduler: Scheduler = Field(
@@ -757,14 +765,19 @@ class EmbedderSettings(TrainingSettings, LossSettings):
         description="use the other processes' passages as negatives too: several processes take the step that one with "
         "all their rows would",
     )
-    sub_batch_size: int | None = Field(
-        None,
-        ge=1,
-        le=1_000_000,
+    sub_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        "auto",
         description="gradient caching: encode a batch in parts of this size, and keep the activations of one part. "
-        "Engine flag-embedding encodes in such parts, each padded by itself, but keeps all",
+        "auto: a batch that does not fit the memory is encoded in the largest parts that do, where its loss has a form "
+        "with gradient caching that takes the same step; null: never. Engine flag-embedding encodes in parts of a "
+        "given size, each padded by itself, but keeps all, so auto does nothing there",
     )
     dev_passages: int = Field(2_000, ge=1, le=MOST_ROWS, description="corpus of the dev evaluation during training")
+
+    @property
+    def parts(self) -> int | None:
+        """Texts that are encoded at a time, where that is known: `auto` is decided when a training starts."""
+        return None if self.sub_batch_size == "auto" else self.sub_batch_size
 
 
 class RerankerSettings(TrainingSettings):
@@ -790,17 +803,21 @@ class RerankerSettings(TrainingSettings):
     train_group_size: int = Field(
         5, ge=2, le=1_000, description="passages per query in a batch: one positive and train_group_size - 1 negatives"
     )
-    random_negatives: int = Field(
-        0,
-        ge=0,
-        le=1_000,
+    random_negatives: Auto | Annotated[int, Field(ge=0, le=1_000)] = Field(
+        "auto",
         description="of the train_group_size - 1 negatives, so many are random passages instead of mined ones. A fresh "
-        "head must see easy negatives to learn what relevance is, before hard ones can teach it anything: give it half "
-        "of the group. A base model that is a cross-encoder already needs none",
+        "head must see easy negatives to learn what relevance is, before hard ones can teach it anything; auto: half "
+        "of them for a fresh head, none for a base model that is a cross-encoder already",
     )
-    batch_size: int = Field(16, ge=1, le=1_000_000, description="queries (each with its group) per process and step")
-    learning_rate: float = Field(
-        2e-5, ge=1e-30, le=100, description="its highest value; a small model with a fresh head takes 3e-4"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        "auto",
+        description="queries (each with its group) per process and step; auto: 16, or as few as 4 where that makes too "
+        "few steps",
+    )
+    learning_rate: Auto | Annotated[float, Field(ge=1e-30, le=100)] = Field(
+        "auto",
+        description="its highest value; auto: 3e-4 for a small model with a fresh head, 1e-5 for large models, else "
+        "2e-5, and ten times that for the adapters of `lora`",
     )
     loss: str = Field("BinaryCrossEntropyLoss", description="a cross-encoder loss of sentence-transformers")
     loss_arguments: dict[str, Any] = Field(default_factory=dict, description="of the loss, by its own names")
@@ -820,16 +837,17 @@ class RerankerSettings(TrainingSettings):
 
     @model_validator(mode="after")
     def _enough_negatives(self) -> RerankerSettings:
-        if self.random_negatives >= self.train_group_size:
+        random = 0 if self.random_negatives == "auto" else self.random_negatives
+        if random >= self.train_group_size:
             raise ValueError(
-                f"random_negatives ({self.random_negatives}) must be below train_group_size ({self.train_group_size}): "
+                f"random_negatives ({random}) must be below train_group_size ({self.train_group_size}): "
                 "a group holds a positive too"
             )
-        hard = self.train_group_size - 1 - self.random_negatives
+        hard = self.train_group_size - 1 - random
         if hard > self.num_negatives:
             raise ValueError(
                 f"a group takes {hard} mined negatives (train_group_size {self.train_group_size} - 1 - "
-                f"random_negatives {self.random_negatives}), but num_negatives is {self.num_negatives}: they would "
+                f"random_negatives {random}), but num_negatives is {self.num_negatives}: they would "
                 "repeat. Raise num_negatives or random_negatives, or lower train_group_size"
             )
         return self
@@ -1341,7 +1359,7 @@ class PipelineSettings(Settings):
 
     @model_validator(mode="after")
     def _losses_fit_their_sources(self) -> PipelineSettings:
-        cached = self.embedder.sub_batch_size is not None
+        cached = self.embedder.parts is not None
         if problem := self.embedder.problem_with(self.source.kind, cached):
             raise ValueError(f"embedder.loss: {problem}")
         if self.reranker is not None:
@@ -1403,10 +1421,11 @@ class PipelineSettings(Settings):
 
     @model_validator(mode="after")
     def _enough_negatives(self) -> PipelineSettings:
-        needed, mined = self.embedder.train_group_size - 1, self.mining.num_negatives
+        size, mined = self.embedder.train_group_size, self.mining.num_negatives
+        needed = 0 if size == "auto" else size - 1
         if self.source.is_retrieval and needed > mined:
             raise ValueError(
-                f"embedder.train_group_size ({self.embedder.train_group_size}) takes {needed} negatives a query, but "
+                f"embedder.train_group_size ({size}) takes {needed} negatives a query, but "
                 f"mining.num_negatives is {mined}: they would repeat. Raise mining.num_negatives or lower "
                 "embedder.train_group_size"
             )
@@ -1456,9 +1475,12 @@ def _smoke_test_guard(guard: GuardSettings) -> dict[str, Any]:
 
 
 def _capped(settings: Settings, most: dict[str, int]) -> dict[str, Any]:
-    """The settings with each number lowered to what it may be at most; unset means without a limit."""
+    """The settings with each number lowered to what it may be at most; unset means without a limit, and auto any."""
     given = settings.model_dump()
-    return {**given, **{key: cap if given[key] is None else min(given[key], cap) for key, cap in most.items()}}
+    return {
+        **given,
+        **{key: cap if given[key] in (None, "auto") else min(given[key], cap) for key, cap in most.items()},
+    }
 
 
 def _is_dashboard(address: str) -> bool:

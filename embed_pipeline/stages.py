@@ -8,6 +8,7 @@ works, so that finding out that nothing changed takes a moment.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
@@ -32,24 +33,35 @@ from embed_pipeline.artifacts import (
 from embed_pipeline.champions import Champion, models_of, pair_key, pointer, read_history
 from embed_pipeline.errors import ArtifactError, CleaningError, ConfigurationError, HubError
 from embed_pipeline.evaluation.guard_files import guard_digest
+from embed_pipeline.fitting import (
+    Circumstances,
+    FittedEmbedderSettings,
+    FittedRerankerSettings,
+    FittedSettings,
+    fit_embedder,
+    fit_reranker,
+)
 from embed_pipeline.launch.cores import limit_threads
 from embed_pipeline.launch.environment import compute_as_asked
 from embed_pipeline.launch.job import Job, Site, launch_job
 from embed_pipeline.launch.nodes import NODES_FOLDER
-from embed_pipeline.launch.torchrun import has_gpu_driver, world_size
+from embed_pipeline.launch.torchrun import has_gpu_driver, processes_per_node, world_size
 from embed_pipeline.libraries import COMPUTED, installed
 from embed_pipeline.model_files import CHECKPOINTS_FOLDER, JOB_FILE, MODEL_FOLDER, SUMMARY_FILE
-from embed_pipeline.models.folder import pair_length
+from embed_pipeline.models.folder import has_trained_head, pair_length
 from embed_pipeline.models.precision import ResolvedPrecision, default_device, resolve_precision
+from embed_pipeline.models.shape import shape_of
 from embed_pipeline.models.source import locate, weights_digest
 from embed_pipeline.settings import (
     SMOKE_TEST_QUERIES,
+    EncodingSettings,
     LaunchSettings,
     LossSettings,
     MiningSettings,
     ModelSource,
     PipelineSettings,
     Precision,
+    RerankerSettings,
     Settings,
     SourceSettings,
     TrainingSettings,
@@ -68,6 +80,7 @@ from embed_pipeline.tables import (
     QRELS_FILE,
     QUERIES_FILE,
     WITHHELD_FILE,
+    count_split,
     extra_folder,
     source_folder,
     write,
@@ -81,11 +94,14 @@ if TYPE_CHECKING:
     from embed_pipeline.evaluation.guard_sets import GuardSet
     from embed_pipeline.mining.report import MiningReport
     from embed_pipeline.models.embedder import Embedder
+    from embed_pipeline.models.lengths import FittedLengths
     from embed_pipeline.models.ranks import Ranks
     from embed_pipeline.publishing.card import Kind
     from embed_pipeline.tracking.promotion import Promoted
     from embed_pipeline.tracking.registry import Candidate
     from embed_pipeline.training.job import TrainingJob
+
+logger = logging.getLogger(__name__)
 
 # Part of every recipe: raise a stage's number when a change to its code changes what it makes.
 CODE_VERSIONS = {
@@ -101,7 +117,7 @@ CODE_VERSIONS = {
     "hub": "1",
 }
 
-Trained = TypeVar("Trained", bound=TrainingSettings)
+Trained = TypeVar("Trained", FittedEmbedderSettings, FittedRerankerSettings)
 Launch = Callable[[Job, Path, "TrackedRun | None", Site], None]
 """Runs a job (its file is the second argument) to its end; raises TrainingError if it fails."""
 
@@ -262,12 +278,16 @@ def make_hard_negatives(pipeline: Pipeline, launch: Launch = launch_job) -> Prod
     mined = [source for source in settings.sources if source.is_retrieval]
     cleaned = pipeline.store.current("cleaned_pairs")
     base = locate(settings.embedder.base_model, pipeline.folder)
-    told = {"encoding": settings.embedder.encoding.model_dump(mode="json"), **_mining_told(pipeline, settings.mining)}
+    encoding = encoding_for(pipeline, cleaned, base)
+    told = {"encoding": encoding.model_dump(mode="json"), **_mining_told(pipeline, settings.mining)}
     digests = {"base_embedder": weights_digest(base), **_cross_encoder_digest(pipeline)}
 
     def make(out: Path) -> Made:
+        if (lengths := _lengths(pipeline, cleaned, base)) is not None:
+            logger.info("%s", lengths.sentence())
+        _check_before_mining(pipeline, cleaned)
         ranks = ranks_of(pipeline, launch)
-        embedder = base_embedder(pipeline, ranks)
+        embedder = base_embedder(pipeline, encoding, ranks)
         reports: dict[str | None, dict[str, Any]] = {}
         for source in mined:
             folder = source_folder(out, source.extra_name)
@@ -287,7 +307,7 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
     """Cleaned pairs, with hard negatives where the source is mined -> fine-tuned embedder, by one torchrun job."""
     from embed_pipeline.training.job import EmbedderJob
 
-    settings, source = _trained_in(pipeline, pipeline.settings.embedder), pipeline.settings.source
+    source = pipeline.settings.source
     negatives = pipeline.store.current("hard_negatives") if pipeline.settings.mines else None
     if negatives is None:
         cleaned = pipeline.store.current("cleaned_pairs")
@@ -295,7 +315,8 @@ def make_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
         # The split a model was trained on is the one its negatives were mined from, whatever is current by now.
         cleaned = pipeline.store.get("cleaned_pairs", negatives.input("cleaned_pairs"))
     inputs = [cleaned] if negatives is None else [cleaned, negatives]
-    base = locate(settings.base_model, pipeline.folder)
+    base = locate(pipeline.settings.embedder.base_model, pipeline.folder)
+    settings = _trained_in(pipeline, _fitted_embedder(pipeline, cleaned, base))
     processes = world_size(pipeline.settings.launch, settings.nproc_per_node)
     guides, teachers = _learnt_from(pipeline, "guide"), _learnt_from(pipeline, "teacher")
     digests = {
@@ -338,9 +359,10 @@ def make_merged_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Pro
     _refuse_another_base(pipeline, embedder)
     base = locate(settings.embedder.base_model, pipeline.folder)
     inputs, trust = [cleaned, embedder], settings.embedder.base_model.trust_remote_code
+    encoding = encoding_for(pipeline, cleaned, base)
     told = {
         "forgetting": settings.forgetting.model_dump(mode="json"),
-        "encoding": settings.embedder.encoding.model_dump(mode="json"),
+        "encoding": encoding.model_dump(mode="json"),
         "encode_precision": pipeline.encode_precision,
         "device": device_kind(),
     }
@@ -353,7 +375,7 @@ def make_merged_embedder(pipeline: Pipeline, launch: Launch = launch_job) -> Pro
         job = EmbedderJob.read(embedder.path / JOB_FILE).model_copy(update={"cleaned_pairs": cleaned.path})
         with pipeline.tracked("merged_embedder") as tracked, tracked.system_metrics_of_this_process():
             report = merge(
-                Ancestry(base, settings.embedder.encoding, embedder.path / MODEL_FOLDER, trust),
+                Ancestry(base, encoding, embedder.path / MODEL_FOLDER, trust),
                 # What the training chose its best weights by.
                 EmbedderDevSet.read(job) if settings.source.is_retrieval else DevPairs.read(job),
                 _load_guards(pipeline),
@@ -402,11 +424,11 @@ def make_reranker(pipeline: Pipeline, launch: Launch = launch_job) -> Produced:
 
     asked, window = pipeline.settings.reranker, pipeline.settings.evaluation.rerank_top_k
     assert asked is not None, "this pipeline has no reranker"
-    settings = _trained_in(pipeline, asked)
-    mining = pipeline.settings.mining.model_copy(update={"num_negatives": settings.num_negatives})
+    mining = pipeline.settings.mining.model_copy(update={"num_negatives": asked.num_negatives})
     embedder = final_embedder(pipeline)
     cleaned = pipeline.store.get("cleaned_pairs", embedder.input("cleaned_pairs"))
     base, trust_remote_code = base_reranker(pipeline, embedder)
+    settings = _trained_in(pipeline, _fitted_reranker(pipeline, asked, cleaned, base))
     processes = world_size(pipeline.settings.launch, settings.nproc_per_node)
     recipe = pipeline.recipe(
         "reranker",
@@ -526,9 +548,10 @@ def _compared_models(
     from embed_pipeline.evaluation.compared import ComparedModels
 
     settings = pipeline.settings.embedder
+    base = locate(settings.base_model, pipeline.folder)
     models = ComparedModels(
-        base_embedder=locate(settings.base_model, pipeline.folder),
-        base_encoding=settings.encoding,
+        base_embedder=base,
+        base_encoding=encoding_for(pipeline, cleaned, base),
         embedder=embedder.path / MODEL_FOLDER,
         champion=_champion_models(pipeline, champion, cleaned) if champion else None,
         trust_embedder_code=settings.base_model.trust_remote_code,
@@ -855,10 +878,11 @@ def negatives_of(pipeline: Pipeline, embedder: Artifact) -> Artifact | None:
 
 
 def _refuse_another_base(pipeline: Pipeline, embedder: Artifact) -> None:
-    base = weights_digest(locate(pipeline.settings.embedder.base_model, pipeline.folder))
-    encoding = pipeline.settings.embedder.encoding.model_dump(mode="json")
+    base = locate(pipeline.settings.embedder.base_model, pipeline.folder)
+    cleaned = pipeline.store.get("cleaned_pairs", embedder.input("cleaned_pairs"))
+    encoding = encoding_for(pipeline, cleaned, base).model_dump(mode="json")
     made_from = embedder.manifest.recipe
-    if made_from.inputs["base_embedder"] != base or made_from.settings["encoding"] != encoding:
+    if made_from.inputs["base_embedder"] != weights_digest(base) or made_from.settings["encoding"] != encoding:
         raise ArtifactError(
             f"{_title(embedder)} was not trained from the base model and encoding that the YAML names now, so a gain "
             f"over them would mean nothing. {_train_again(pipeline)}"
@@ -904,15 +928,41 @@ def ranks_of(pipeline: Pipeline, launch: Launch) -> Ranks:
     return Ranks(pipeline.store.embeddings_folder, world_size(site.settings, told.encode_processes), start)
 
 
-def base_embedder(pipeline: Pipeline, ranks: Ranks) -> Embedder:
-    """The base model, encoding as the pipeline's YAML says."""
+def encoding_for(pipeline: Pipeline, cleaned: Artifact, base: Path) -> EncodingSettings:
+    """The encoding that the YAML states, with maximum lengths by the texts of `cleaned` where it states none.
+
+    `base`: the folder of the base embedder.
+    """
+    told, lengths = pipeline.settings.embedder.encoding, _lengths(pipeline, cleaned, base)
+    if lengths is None:
+        return told
+    return told.model_copy(
+        update={
+            "query_max_length": told.query_max_length or lengths.query,
+            "passage_max_length": told.passage_max_length or lengths.passage,
+        }
+    )
+
+
+def _lengths(pipeline: Pipeline, cleaned: Artifact, base: Path) -> FittedLengths | None:
+    """Those of the texts, where the YAML leaves one open."""
+    from embed_pipeline.models.lengths import fitted_lengths
+
+    told = pipeline.settings.embedder.encoding
+    if told.query_max_length is not None and told.passage_max_length is not None:
+        return None
+    return fitted_lengths(cleaned.path, base, told.query_prompt, told.passage_prompt)
+
+
+def base_embedder(pipeline: Pipeline, encoding: EncodingSettings, ranks: Ranks) -> Embedder:
+    """The base model, encoding as `encoding_for` says."""
     from embed_pipeline.models.embedder import Embedder
 
     settings = pipeline.settings
     source = settings.embedder.base_model
     return Embedder(
         locate(source, pipeline.folder),
-        settings.embedder.encoding,
+        encoding,
         precision=pipeline.encode_precision,
         trust_remote_code=source.trust_remote_code,
         ranks=ranks,
@@ -941,12 +991,12 @@ def base_reranker(pipeline: Pipeline, embedder: Artifact) -> tuple[Path, bool]:
     return embedder.path / MODEL_FOLDER, pipeline.settings.embedder.base_model.trust_remote_code
 
 
-def device_kind() -> str:
+def device_kind() -> Literal["cpu", "gpu"]:
     """`gpu` or `cpu`: part of every recipe that computes embeddings or weights, which differ between the two."""
     return "gpu" if has_gpu_driver() else "cpu"
 
 
-def _training_device(pipeline: Pipeline) -> str:
+def _training_device(pipeline: Pipeline) -> Literal["cpu", "gpu"]:
     """The same for what is trained, perhaps elsewhere than here."""
     launch = pipeline.settings.launch
     return ("gpu" if launch.gpus_per_node else "cpu") if launch.elsewhere else device_kind()
@@ -964,6 +1014,31 @@ def _trained_in(pipeline: Pipeline, settings: Trained) -> Trained:
     if pipeline.settings.launch.elsewhere:
         return settings
     return settings.model_copy(update={"precision": _resolved_here(settings.precision)})
+
+
+def _fitted_embedder(pipeline: Pipeline, cleaned: Artifact, base: Path) -> FittedEmbedderSettings:
+    """The embedder's settings with what `auto` stands for, which is what the recipe holds."""
+    settings = pipeline.settings
+    to = _circumstances(pipeline, settings.embedder, cleaned, base)
+    told = settings.embedder.model_copy(update={"encoding": encoding_for(pipeline, cleaned, base)})
+    return fit_embedder(told, to, settings.source.kind, settings.mining.num_negatives)
+
+
+def _fitted_reranker(
+    pipeline: Pipeline, settings: RerankerSettings, cleaned: Artifact, base: Path
+) -> FittedRerankerSettings:
+    """Likewise; `base` is what it starts from, or as large as that."""
+    to = _circumstances(pipeline, settings, cleaned, base)
+    return fit_reranker(settings, to, fresh_head=not has_trained_head(base))
+
+
+def _circumstances(pipeline: Pipeline, settings: TrainingSettings, cleaned: Artifact, base: Path) -> Circumstances:
+    return Circumstances(
+        shape=shape_of(base),
+        device=_training_device(pipeline),
+        rows=count_split(cleaned.path, "train"),
+        processes=world_size(pipeline.settings.launch, settings.nproc_per_node),
+    )
 
 
 def _training_told(pipeline: Pipeline, settings: TrainingSettings, processes: int) -> dict[str, Any]:
@@ -1023,6 +1098,27 @@ def _load_guards(pipeline: Pipeline) -> list[GuardSet]:
 def _guard_digests(pipeline: Pipeline) -> dict[str, str]:
     guards = pipeline.settings.forgetting.guards
     return {f"guard {guard.name}": guard_digest(guard, pipeline.folder) for guard in guards}
+
+
+def _check_before_mining(pipeline: Pipeline, cleaned: Artifact) -> None:
+    """Tell what the trainings could not do before they are mined for; on another machine its preflight tells."""
+    from embed_pipeline.training.before_mining import Planned, check_before_mining
+
+    settings = pipeline.settings
+    if settings.launch.elsewhere or not settings.source.is_retrieval:
+        return
+    base = locate(settings.embedder.base_model, pipeline.folder)
+    planned: list[tuple[FittedSettings, Path]] = [(_fitted_embedder(pipeline, cleaned, base), base)]
+    if settings.reranker is not None:
+        source = settings.reranker.base_model
+        start = locate(source, pipeline.folder) if isinstance(source, ModelSource) else base
+        planned.append((_fitted_reranker(pipeline, settings.reranker, cleaned, start), start))
+    trainings = [
+        Planned(told, folder, _resolved_here(told.precision), processes_per_node(told.nproc_per_node))
+        for told, folder in planned
+    ]
+    device = default_device() if has_gpu_driver() else "cpu"
+    check_before_mining(cleaned.path, settings.source.kind, trainings, device)
 
 
 def _mine(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 SPLITS = ("train", "dev", "test")
@@ -229,6 +230,13 @@ def connect(database: str = ":memory:", config: Mapping[str, str] | None = None)
             rf"SELECT * FROM read_parquet([regexp_replace(path, '([*?\[])', '[\1]', 'g')], {options})"
         )
     return connection
+
+
+def count_split(cleaned: Path, split: str) -> int:
+    """Queries of the own source in `split`, or its examples where it has none."""
+    queries = cleaned / QUERIES_FILE
+    splits = pq.read_table(queries if queries.is_file() else cleaned / EXAMPLES_FILE, columns=["split"]).column("split")
+    return int(pc.sum(pc.equal(splits, split)).as_py() or 0)
 
 
 def passage_text(title: str | None, text: str) -> str:

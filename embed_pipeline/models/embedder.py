@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 from embed_pipeline.errors import ModelError
 from embed_pipeline.models.blocks import BATCH_SIZE, batch_size_of
-from embed_pipeline.models.folder import usable_length
+from embed_pipeline.models.folder import PASSAGE_PROMPT_NAMES, usable_length
 from embed_pipeline.models.job import EncodingJob, Task
 from embed_pipeline.models.padding import set_padding
 from embed_pipeline.models.precision import ResolvedPrecision, autocast, default_device, resolve_precision
@@ -25,7 +25,6 @@ from embed_pipeline.settings import EncodingSettings, Precision
 logger = logging.getLogger(__name__)
 
 _WHAT = {"query": "queries", "document": "passages", "sentence": "sentences"}
-PASSAGE_PROMPT_NAMES = ("document", "passage", "corpus")
 # Of an embedding to itself in float32: rounding costs MiniLM 0.0001, and at 0.01 near neighbours change places.
 LEAST_COSINE = 0.99
 _COMPARED = 8  # texts

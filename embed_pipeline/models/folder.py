@@ -12,6 +12,7 @@ from embed_pipeline.settings import RerankerSettings
 
 logger = logging.getLogger(__name__)
 
+PASSAGE_PROMPT_NAMES = ("document", "passage", "corpus")
 # Their positions are numbered from pad_token_id + 1 (of 514 in XLM-R, 512 are usable).
 POSITIONS_AFTER_PADDING = {
     *("camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm"),
@@ -35,6 +36,28 @@ def usable_length(folder: Path) -> int | None:
     limit = _read(folder / "tokenizer_config.json").get("model_max_length")
     # Tokenizers without a limit say 1e30.
     return int(limit) if limit is not None and limit < 1e9 else None
+
+
+def own_lengths(folder: Path) -> tuple[int | None, int | None]:
+    """Tokens to which an embedder's authors cut a query and a passage, at most what `usable_length` allows.
+
+    None where neither says anything.
+    """
+    told, tokenizer = _read(folder / "sentence_bert_config.json"), _read(folder / "tokenizer_config.json")
+    of_any = told.get("max_seq_length") or tokenizer.get("model_max_length")
+
+    def least(limit: Any) -> int | None:
+        limits = (limit or of_any, usable_length(folder))
+        return min((int(one) for one in limits if one is not None and 0 < one < 1e9), default=None)
+
+    return least(told.get("query_length")), least(told.get("document_length"))
+
+
+def own_prompts(folder: Path) -> tuple[str, str]:
+    """What an embedder's authors put before a query and a passage."""
+    prompts = _read(folder / "config_sentence_transformers.json").get("prompts") or {}
+    of_passages = next((prompts[name] for name in PASSAGE_PROMPT_NAMES if prompts.get(name)), "")
+    return prompts.get("query") or "", of_passages
 
 
 def pair_length(folder: Path, settings: RerankerSettings) -> int:

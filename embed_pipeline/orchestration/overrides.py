@@ -80,6 +80,6 @@ def _config_type(annotation: Any, name: str) -> Any:
         return str
     if origin in (Union, types.UnionType):
         kinds = [_config_type(a, name) for a in arguments if a is not type(None)]
-        # "auto" or a number is typed as text in the launchpad; pydantic turns "2" into 2 when it validates.
-        return kinds[0] if len(kinds) == 1 else (str if kinds and all(k in SCALARS for k in kinds) else None)
+        # "auto" or a number: pydantic says what it has to be when it validates.
+        return kinds[0] if len(kinds) == 1 else (Any if kinds and all(k in SCALARS for k in kinds) else None)
     return None

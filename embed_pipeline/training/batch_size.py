@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,13 +16,12 @@ from embed_pipeline.errors import TrainingError
 from embed_pipeline.model_files import CHECKPOINTS_FOLDER
 from embed_pipeline.training.batches import batches_of
 from embed_pipeline.training.engines import Prepared
+from embed_pipeline.training.forecast import NEAR, less_memory
 from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.memory import forget_peak, free_memory, held_memory, peak_memory
 from embed_pipeline.training.preflight import (
-    NEAR,
     as_in_training,
     left_as_found,
-    less_memory,
     losses_of,
     of_size,
     optimizer_bytes,
@@ -33,7 +33,7 @@ from embed_pipeline.training.sources import TrainingSource
 logger = logging.getLogger(__name__)
 
 Job = TypeVar("Job", bound=TrainingJob)
-_FOUND = "batch_size.json"  # beside the checkpoints: a training that goes on must not find another one
+_FOUND = "batch_size.json"
 
 
 def prepare_with_batch_size(
@@ -52,16 +52,18 @@ def prepare_with_batch_size(
         )
     bound = job.settings.batch_size
     prepared = prepare(job)
-    found = from_main(_recorded(job) if rank.is_main else None)
+    known = recorded(job, _FOUND, rank)
+    found = None if known is None else known.found
     if found is None:
         tried = prepared
-        found = largest_that_fits(bound, lambda size: all(from_all(_fits(job, rank, tried, sources, size))))
+        found = largest_that_fits(bound, lambda size: all(from_all(fits(job, rank, tried, sources, size))))
         del tried
         if found is None:
-            raise TrainingError(f"not even batch_size 1 fits the GPU's memory. {less_memory(job)}")
+            advice = less_memory(job.settings, job.source_kind)
+            raise TrainingError(f"not even batch_size 1 fits the GPU's memory. {advice}")
         if rank.is_main:
             logger.info("find_batch_size: %d is the largest that fits, of at most %d", found, bound)
-            _record(job, found)
+        record(job, _FOUND, rank, found)
     if found == bound:
         return job, prepared
     del prepared
@@ -89,7 +91,7 @@ def largest_that_fits(bound: int, fits: Callable[[int], bool]) -> int | None:
     return sizes[small_enough] if small_enough < len(sizes) else None
 
 
-def _fits(job: TrainingJob, rank: Rank, prepared: Prepared[Any], sources: Sequence[TrainingSource], size: int) -> bool:
+def fits(job: TrainingJob, rank: Rank, prepared: Prepared[Any], sources: Sequence[TrainingSource], size: int) -> bool:
     """Whether the longest step of every source, and the optimizer, take at most nine tenths of the memory."""
     there = free_memory(rank.device) + held_memory(rank.device)
     forget_peak(rank.device)
@@ -122,19 +124,32 @@ def _alone(prepared: Prepared[Any]) -> Iterator[None]:
             setattr(module, name, True)
 
 
-def _recorded(job: TrainingJob) -> int | None:
-    try:
-        told = json.loads((job.output / CHECKPOINTS_FOLDER / _FOUND).read_text())
-        return int(told["found"]) if told["bound"] == job.settings.batch_size else None
-    except (OSError, ValueError, KeyError):
+@dataclass(frozen=True)
+class Found:
+    """What was found for a batch size; it lies beside the checkpoints, since a training that goes on must keep it."""
+
+    bound: int  # the batch size that was asked for
+    found: int | None
+
+
+def recorded(job: TrainingJob, name: str, rank: Rank) -> Found | None:
+    """What an earlier try of this training found, the same in every rank; None where there is none."""
+    told = None
+    if rank.is_main:
+        with contextlib.suppress(OSError, ValueError):
+            told = json.loads((job.output / CHECKPOINTS_FOLDER / name).read_text())
+    told = from_main(told)
+    if not isinstance(told, dict) or told.get("bound") != job.settings.batch_size:
         return None
+    found = told.get("found")
+    return Found(job.settings.batch_size, int(found) if found is not None else None)
 
 
-def _record(job: TrainingJob, found: int) -> None:
-    if job.settings.checkpoint_minutes is None:
+def record(job: TrainingJob, name: str, rank: Rank, found: int | None) -> None:
+    if job.settings.checkpoint_minutes is None or not rank.is_main:
         return
     folder = job.output / CHECKPOINTS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{_FOUND}"
-    partial.write_text(json.dumps({"bound": job.settings.batch_size, "found": found}))
-    partial.replace(folder / _FOUND)
+    partial = folder / f".{name}"
+    partial.write_text(json.dumps(asdict(Found(job.settings.batch_size, found))))
+    partial.replace(folder / name)

@@ -111,7 +111,7 @@ def _of_flag_embedding(job: TrainingJob, prepared: Prepared[Any], data: Any, nam
         longest = _longest_texts(inner.dataset[row])
         return {"query": longest["query"], "positive": longest["pos"][0]}
 
-    caches = getattr(job.settings, "sub_batch_size", None) is not None
+    caches = getattr(job.settings, "parts", None) is not None
     return SourceBatches(
         name, len(table), job.settings.batch_size, job.seed, _lengths(table), None, False, caches, collate, text
     )

@@ -282,4 +282,5 @@ class DevEvaluation(TrainerCallback):
             self.reporter.report(step, {f"dev_{name}": figure for name, figure in figures.items()})
             logger.info("step %d: dev %s", step, ", ".join(f"{name} {found:.4f}" for name, found in figures.items()))
         # Every rank decides alike, so each needs the items; of pairs of sentences only rank 0 has them.
-        return State.of(from_main(State(step, measured[self.metric]).told() if self.metric in measured else None))
+        mine = State(step, measured[self.metric]).told() if self.metric in measured else {}
+        return State.of(from_main(mine))

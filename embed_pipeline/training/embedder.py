@@ -11,7 +11,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from embed_pipeline.launch.ending import leave, run_and_leave
 from embed_pipeline.models.embedder import encoding_of
-from embed_pipeline.training.batch_size import prepare_with_batch_size
 from embed_pipeline.training.dev import EmbedderDev, dev_metric
 from embed_pipeline.training.engines import module_of
 from embed_pipeline.training.job import EmbedderJob
@@ -20,6 +19,7 @@ from embed_pipeline.training.process import start_rank, wait_for_all
 from embed_pipeline.training.reporting import open_reporter
 from embed_pipeline.training.run import remove_work_folder, train, work_folder
 from embed_pipeline.training.sources import read_embedder_sources
+from embed_pipeline.training.sub_batch import prepare_within_memory
 
 
 @record
@@ -32,8 +32,8 @@ def main(job_file: Path) -> None:
         sources = read_embedder_sources(job)
         dev = EmbedderDev.read(job)
         engine = importlib.import_module(module_of(job.settings.engine, "embedder"))
-        job, prepared = prepare_with_batch_size(
-            job, rank, sources, lambda job: engine.prepare(job, rank, sources, work_folder(job))
+        job, sources, prepared = prepare_within_memory(
+            job, rank, sources, lambda job, sources: engine.prepare(job, rank, sources, work_folder(job))
         )
         model = prepared.model
         summary = train(

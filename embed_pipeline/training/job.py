@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from embed_pipeline.errors import TrainingError
+from embed_pipeline.fitting import FittedEmbedderSettings, FittedRerankerSettings, FittedSettings
 from embed_pipeline.losses import SourceKind
-from embed_pipeline.settings import EmbedderSettings, ExtraSourceSettings, RerankerSettings, TrainingSettings
+from embed_pipeline.settings import ExtraSourceSettings, TrainingSettings
 
 
 class TrainingJob(BaseModel):
@@ -21,7 +22,7 @@ class TrainingJob(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     entry_point: ClassVar[str]  # the module that torchrun runs
 
-    settings: TrainingSettings
+    settings: FittedSettings
     seed: int
     base_model: Path
     trust_remote_code: bool = False
@@ -32,6 +33,12 @@ class TrainingJob(BaseModel):
     hard_negatives: Path | None = Field(description="folder with the negatives of the train queries; null if not mined")
     output: Path = Field(description="folder to leave everything in; see training.output")
     world_size: int = Field(1, ge=1, description="processes that must take part, over all nodes")
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _of_a_pipeline(cls, given: Any) -> Any:
+        """A pipeline's settings in which every number is given are fitted."""
+        return given.model_dump() if isinstance(given, TrainingSettings) else given
 
     def write(self, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +59,7 @@ class TrainingJob(BaseModel):
 class EmbedderJob(TrainingJob):
     entry_point: ClassVar[str] = "embed_pipeline.training.embedder"
     kind: Literal["embedder"] = "embedder"
-    settings: EmbedderSettings
+    settings: FittedEmbedderSettings
     guides: dict[str, Path] = Field(default_factory=dict, description="folder of a source's guide, by its name")
     teachers: dict[str, Path] = Field(default_factory=dict, description="folder of a source's teacher, by its name")
 
@@ -62,5 +69,5 @@ class RerankerJob(TrainingJob):
 
     entry_point: ClassVar[str] = "embed_pipeline.training.reranker"
     kind: Literal["reranker"] = "reranker"
-    settings: RerankerSettings
+    settings: FittedRerankerSettings
     dev_candidates: Path = Field(description="parquet of tables.CANDIDATES for the dev queries")

@@ -62,8 +62,8 @@ def embedder_loss(
             {"temperature": settings.temperature} if "guide" in facts.needs else {"scale": 1 / settings.temperature}
         )
         given["gather_across_devices"] = settings.negatives_cross_device
-    if facts.caches and settings.sub_batch_size is not None:
-        given["mini_batch_size"] = settings.sub_batch_size  # GradCache (arXiv 2101.06983)
+    if facts.caches and settings.parts is not None:
+        given["mini_batch_size"] = settings.parts  # GradCache (arXiv 2101.06983)
     if "guide" in facts.needs:
         assert guide is not None
         given["guide"] = load_sentence_transformer(

@@ -47,11 +47,19 @@ def free_memory(device: str) -> int:
         share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
         return min(free + torch.cuda.memory_reserved(device), share) - torch.cuda.memory_allocated(device)
     of_machine = psutil.virtual_memory().available + psutil.swap_memory().free
-    return min([of_machine, *_left_in_groups(_GROUPS, Path("/proc/self/cgroup"))])
+    return min([of_machine, *(limit - used for limit, used in _groups(_GROUPS, Path("/proc/self/cgroup")))])
 
 
-def _left_in_groups(root: Path, membership: Path) -> list[int]:
-    """What each limit of cgroup v2 or v1 leaves, from the innermost group outwards."""
+def memory_limit(device: str) -> int:
+    """Bytes that there are in all, whoever holds them now: of the GPU, or as for `free_memory`."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[1]
+    of_machine = psutil.virtual_memory().total + psutil.swap_memory().total
+    return min([of_machine, *(limit for limit, _ in _groups(_GROUPS, Path("/proc/self/cgroup")))])
+
+
+def _groups(root: Path, membership: Path) -> list[tuple[int, int]]:
+    """Limit and use of every control group of v2 or v1 around us that has a limit, from the innermost outwards."""
     found = []
     with contextlib.suppress(OSError):
         for line in membership.read_text().splitlines():
@@ -68,14 +76,14 @@ def _left_in_groups(root: Path, membership: Path) -> list[int]:
             # In a container the path may be that of the host: its own group then lies at the top.
             folder = top / path.lstrip("/")
             while folder.is_relative_to(top):
-                found += _left(folder, *names)
+                found += _limit_and_use(folder, *names)
                 if folder == top:
                     break
                 folder = folder.parent
     return found
 
 
-def _left(folder: Path, limit: str, current: str, reclaimable: str) -> list[int]:
+def _limit_and_use(folder: Path, limit: str, current: str, reclaimable: str) -> list[tuple[int, int]]:
     try:
         allowed = (folder / limit).read_text().strip()
         if allowed == "max":
@@ -84,6 +92,6 @@ def _left(folder: Path, limit: str, current: str, reclaimable: str) -> list[int]
         for line in (folder / "memory.stat").read_text().splitlines():
             if line.startswith(f"{reclaimable} "):
                 used -= int(line.split()[1])  # files that were read, which the kernel gives up first
-        return [int(allowed) - used]
+        return [(int(allowed), used)]
     except (OSError, ValueError):
         return []

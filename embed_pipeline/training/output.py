@@ -50,7 +50,10 @@ class Summary:
     bfloat16_speedup: float | None  # over float32, of products as measured on this machine; on a CPU
     threads: int
     seed: int
+    learning_rate: float
     batch_size: int  # that was trained with: find_batch_size may have found a smaller one
+    train_group_size: int
+    sub_batch_size: int | None  # texts encoded at a time, by gradient caching; None: the whole batch
     truncated: dict[str, float]  # kind of text -> share that is cut to the maximum length, of a sample
     warnings: list[str]  # what of the rows costs something
     preflight: str | None = None  # what was forecast, in a sentence; not of a training that went on

@@ -26,13 +26,12 @@ from sentence_transformers import CrossEncoder
 from torch import nn
 
 from embed_pipeline.errors import TrainingError
-from embed_pipeline.losses import EMBEDDER_LOSSES
 from embed_pipeline.model_files import CHECKPOINTS_FOLDER
-from embed_pipeline.settings import EmbedderSettings
 from embed_pipeline.training.batches import SourceBatches, batches_of
 from embed_pipeline.training.callbacks import arithmetic_of
 from embed_pipeline.training.checkpoints import KEPT
 from embed_pipeline.training.engines import Prepared
+from embed_pipeline.training.forecast import NEAR, gigabytes, little_room, no_room
 from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.memory import forget_peak, free_memory, held_memory, peak_memory
 from embed_pipeline.training.modules import learnt_by_losses, losses_of
@@ -44,7 +43,6 @@ logger = logging.getLogger(__name__)
 SHARE = 0.02  # of the forecast training, for usual batches; the longest step comes on top
 SECONDS = 20.0  # more precise than this it need not be
 CLEARLY = 1.2  # a forecast so far above what there is cannot be wrong enough to be right
-NEAR = 0.9
 _SCALE = 1024.0  # of a float16 loss, whose gradients would vanish unscaled
 
 
@@ -64,11 +62,11 @@ class Forecast:
         return self.steps * self.step_seconds + evaluations * evaluation
 
     def sentence(self, seconds: float) -> str:
-        disk = f"; {_gigabytes(self.checkpoints)} GB on disk for checkpoints" if self.checkpoints else ""
+        disk = f"; {gigabytes(self.checkpoints)} GB on disk for checkpoints" if self.checkpoints else ""
         return (
             f"preflight: {self.steps:,} steps, about {told_time(seconds)}; longest batch {self.batch[0]:,} x "
-            f"{self.batch[1]:,} tokens; peak memory {_gigabytes(self.memory)} of "
-            f"{_gigabytes(self.memory_there)} GB{disk}"
+            f"{self.batch[1]:,} tokens; peak memory {gigabytes(self.memory)} of "
+            f"{gigabytes(self.memory_there)} GB{disk}"
         )
 
 
@@ -121,12 +119,12 @@ def _try(
     steps = steps_of(trainer)
     for one in batches:
         _check_reading(prepared, one)
-    there = free_memory(rank.device) / _ranks_here(rank) + held_memory(rank.device)
+    there = memory_there(rank)
     to_come = optimizer_bytes(prepared, rank)
     norms: dict[str, list[float]] = {}
     peak, shapes, tried = 0, [], []
     for one in batches:
-        _check_a_part(job, rank, prepared, one, there, to_come)
+        _check_a_part(job, rank, prepared, one, there)
         forget_peak(rank.device)
         with seen_shapes(prepared) as seen:
             result = step(prepared, one, one.longest())
@@ -293,60 +291,57 @@ def check_disk(job: TrainingJob, checkpoints: int, weights: int) -> None:
         free = shutil.disk_usage(where).free
         if free < size:
             raise TrainingError(
-                f"{where} has {_gigabytes(free)} GB free, and the training would need {_gigabytes(size)} GB there for "
-                f"its model and {KEPT + 1} checkpoints of {_gigabytes(checkpoints // (KEPT + 1))} GB. Free some, put "
+                f"{where} has {gigabytes(free)} GB free, and the training would need {gigabytes(size)} GB there for "
+                f"its model and {KEPT + 1} checkpoints of {gigabytes(checkpoints // (KEPT + 1))} GB. Free some, put "
                 "the store on another disk, or set checkpoint_minutes: null"
             )
 
 
-def _check_a_part(
-    job: TrainingJob, rank: Rank, prepared: Prepared[Any], batches: SourceBatches, there: float, to_come: int
-) -> None:
-    """On a CPU a step that takes too much memory ends the process: ask an eighth of its rows first."""
-    part = batches.size // 8
-    if rank.device != "cpu" or part < 1 or batches.caches or batches.classes is not None:
-        return
+@dataclass(frozen=True)
+class Needs:
+    """Memory of a step, in bytes, as a part of its rows showed it."""
+
+    fixed: int  # the process itself, weights, gradients and the optimizer
+    row: float  # activations of one row
+
+    def of(self, rows: int) -> int:
+        return int(self.fixed + self.row * rows)
+
+
+def needs_of(rank: Rank, prepared: Prepared[Any], batches: SourceBatches, part: int) -> Needs:
+    """What the longest batch of a source needs on a CPU, where asking for all of it would end the process.
+
+    `part`: rows, at least one, with which a step is done.
+    """
     forget_peak(rank.device)
     before = peak_memory(rank.device)
     with of_size(prepared, part):
         step(prepared, batches, batches.longest(part))
     gradients = sum(p.numel() * p.element_size() for p in learnt(prepared))
     activations = max(0, peak_memory(rank.device) - before - gradients)
-    forecast = before + gradients + activations * batches.size // part + to_come
-    worst = max(from_all(forecast / there))
+    return Needs(before + gradients + optimizer_bytes(prepared, rank), activations / part)
+
+
+def memory_there(rank: Rank) -> float:
+    """Bytes that this process can have: what it holds, and its share of what is free."""
+    return free_memory(rank.device) / _ranks_here(rank) + held_memory(rank.device)
+
+
+def _check_a_part(job: TrainingJob, rank: Rank, prepared: Prepared[Any], batches: SourceBatches, there: float) -> None:
+    """On a CPU a step that takes too much memory ends the process: ask an eighth of its rows first."""
+    part = batches.size // 8
+    if rank.device != "cpu" or part < 1 or batches.caches or batches.classes is not None:
+        return
+    worst = max(from_all(needs_of(rank, prepared, batches, part).of(batches.size) / there))
     if worst > CLEARLY:
-        raise TrainingError(_no_room(job, int(worst * there), int(there)))
+        raise TrainingError(no_room(job.settings, job.source_kind, int(worst * there), int(there)))
 
 
 def _check_memory(job: TrainingJob, rank: Rank, memory: int, there: int) -> None:
     if memory > (CLEARLY if rank.device == "cpu" else 1.0) * there:
-        raise TrainingError(_no_room(job, memory, there))
+        raise TrainingError(no_room(job.settings, job.source_kind, memory, there))
     if memory > NEAR * there and rank.is_main:
-        logger.warning(
-            "%s", _no_room(job, memory, there).replace("would need", "will come near its limit: it needs about")
-        )
-
-
-def _no_room(job: TrainingJob, memory: int, there: int) -> str:
-    return (
-        f"a process would need {_gigabytes(memory)} of {_gigabytes(there)} GB memory, at batch_size "
-        f"{job.settings.batch_size} x train_group_size {job.settings.train_group_size}. {less_memory(job)}"
-    )
-
-
-def less_memory(job: TrainingJob) -> str:
-    """Advice on what takes less memory, what costs least first, as sentences."""
-    settings = job.settings
-    lengths = "encoding.passage_max_length" if hasattr(settings, "encoding") else "passage_max_length"
-    fewer = f"lower batch_size (gradient_accumulation_steps makes up for it), train_group_size or {lengths}"
-    if isinstance(settings, EmbedderSettings) and settings.engine == "sentence-transformers":
-        loss = EMBEDDER_LOSSES[settings.loss_for(job.source_kind)]
-        if loss.caches or loss.cached:  # the batch stays as it is, and so do its negatives
-            part = max(1, (settings.sub_batch_size or settings.batch_size) // 2)
-            return f"Set sub_batch_size: {part} (gradient caching: the same step in parts), or {fewer}"
-    if not settings.gradient_checkpointing:
-        return f"Set gradient_checkpointing: true, or {fewer}"
-    return fewer[0].upper() + fewer[1:]
+        logger.warning("%s", little_room(job.settings, job.source_kind, memory, there))
 
 
 # ------------------------------------------------------------------------------- the same in every rank
@@ -505,8 +500,3 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-def _gigabytes(size: float) -> str:
-    value = size / 1e9
-    return f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"

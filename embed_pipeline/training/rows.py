@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embed_pipeline.errors import TrainingError
-from embed_pipeline.settings import RerankerSettings, TrainingSettings
+from embed_pipeline.fitting import FittedSettings
+from embed_pipeline.settings import RerankerSettings
 from embed_pipeline.tables import HARD_NEGATIVES_FILE, PASSAGES_FILE, QUERIES_FILE, WITHHELD_FILE, passage_text
 from embed_pipeline.training.random_negatives import add_random, turns
 
@@ -45,7 +46,7 @@ class Group(NamedTuple):
 
 
 def read_training_queries(
-    settings: TrainingSettings, seed: int, cleaned_pairs: Path, hard_negatives: Path, wanted: int | None
+    settings: FittedSettings, seed: int, cleaned_pairs: Path, hard_negatives: Path, wanted: int | None
 ) -> list[TrainingQuery]:
     """The train queries in the order of their ids; a seeded sample of `wanted` of them if that is fewer.
 

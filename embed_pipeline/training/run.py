@@ -23,11 +23,12 @@ from embed_pipeline.training.checkpoints import Checkpoints, remove_checkpoints
 from embed_pipeline.training.collapse import collapsed
 from embed_pipeline.training.data_checks import DataReport, check_data
 from embed_pipeline.training.engines import Prepared
+from embed_pipeline.training.forecast import less_memory
 from embed_pipeline.training.hardware import in_force
 from embed_pipeline.training.job import TrainingJob
 from embed_pipeline.training.modules import merge_adapters
 from embed_pipeline.training.output import Summary
-from embed_pipeline.training.preflight import Forecast, less_memory, preflight
+from embed_pipeline.training.preflight import Forecast, preflight
 from embed_pipeline.training.process import Rank, check_same_weights, check_synchronised, from_main
 from embed_pipeline.training.reporting import Reporter
 from embed_pipeline.training.sources import TrainingSource
@@ -96,6 +97,12 @@ def train(
         steps_before, seconds_before = checkpoints.steps_before, checkpoints.seconds_before
     habits = in_force(trainer.args, prepared.model, rank.hardware)
     logger.info("training in %s", habits.told(rank.precision, rank.device))
+    logger.info(
+        "learning rate %g, batches of %d x %d passages",
+        settings.learning_rate,
+        settings.batch_size,
+        settings.train_group_size,
+    )
     forecast = None
     with plain_memory_errors(job):
         if settings.preflight:
@@ -138,7 +145,10 @@ def train(
         **asdict(habits),
         threads=torch.get_num_threads(),
         seed=job.seed,
+        learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
+        train_group_size=settings.train_group_size,
+        sub_batch_size=getattr(settings, "parts", None),
         **told,
     )
 
@@ -185,5 +195,5 @@ def plain_memory_errors(job: TrainingJob) -> Iterator[None]:
             raise
         raise TrainingError(
             f"out of {'GPU ' if on_gpu else ''}memory at batch_size {job.settings.batch_size} x train_group_size "
-            f"{job.settings.train_group_size}: {error}. {less_memory(job)}"
+            f"{job.settings.train_group_size}: {error}. {less_memory(job.settings, job.source_kind)}"
         ) from error

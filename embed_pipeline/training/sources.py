@@ -90,7 +90,7 @@ def _for_embedder(
     extra: ExtraSourceSettings | None,
 ) -> TrainingSource:
     loss = learn.loss_for(kind)
-    if settings.sub_batch_size is not None:
+    if settings.parts is not None:
         loss = EMBEDDER_LOSSES[loss].cached or loss
     return TrainingSource(
         name,

@@ -44,6 +44,8 @@ def job_of(problem: Problem, tiny_bert_folder: Path) -> Callable[..., TrainingJo
             "learning_rate": 1e-3,
             **settings,
         }
+        if kind == "reranker":
+            chosen.setdefault("random_negatives", 0)
         if kind == "embedder":
             return EmbedderJob(settings=EmbedderSettings.model_validate(chosen), **common)
         return RerankerJob(

@@ -95,7 +95,7 @@ def test_no_room_in_memory(train_here: Callable[..., Trained], monkeypatch: pyte
         r"(?s)would need [\d.]+ of 0.05 GB memory, at batch_size 8 x .*Set sub_batch_size: \d \(.*lower batch_size"
     )
     with pytest.raises(TrainingError, match=expected):
-        train_here("embedder", batch_size=8, **({} if part else {"sub_batch_size": 4}))
+        train_here("embedder", batch_size=8, sub_batch_size=None if part else 4)
     assert len(steps) == 1
 
 
@@ -211,8 +211,11 @@ def test_a_training_with_the_batch_that_was_found(
     """On a CPU that says it is a GPU: memory runs out with more than four queries of three passages."""
     entry = importlib.import_module(f"embed_pipeline.training.{kind}")
 
+    name = "prepare_within_memory" if kind == "embedder" else "prepare_with_batch_size"
+    prepare = getattr(entry, name)
+
     def on_gpu(job: Any, rank: Rank, *given: Any) -> Any:
-        return batch_size.prepare_with_batch_size(job, dataclasses.replace(rank, device="cuda:0"), *given)
+        return prepare(job, dataclasses.replace(rank, device="cuda:0"), *given)
 
     def step(prepared: Any, batches: Any, inputs: Any) -> None:
         with preflight.seen_shapes(prepared) as seen, torch.no_grad():
@@ -221,7 +224,7 @@ def test_a_training_with_the_batch_that_was_found(
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(entry, "prepare_with_batch_size", on_gpu)
+        patch.setattr(entry, name, on_gpu)
         patch.setattr(batch_size, "step", step)
         for name, found in (("free_memory", 10**12), ("held_memory", 0), ("peak_memory", 0), ("forget_peak", 0)):
             patch.setattr(batch_size, name, lambda device, found=found: found)
@@ -261,7 +264,7 @@ def test_the_limits_of_every_control_group_count(tmp_path: Path) -> None:
         (folder / "memory.stat").write_text("anon 1\ninactive_file 1000\n")
     membership = tmp_path / "cgroup"
     membership.write_text("3:cpu:/x\n0::/pod/container\n")
-    assert memory._left_in_groups(tmp_path / "sys", membership) == [3000]
+    assert memory._groups(tmp_path / "sys", membership) == [(5000, 2000)]
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import all_gather_with_grad
 from torch import Tensor
 
+from embed_pipeline.fitting import FittedSettings
 from embed_pipeline.library_arguments import arguments_for
 from embed_pipeline.models.embedder import encoding_of, load_sentence_transformer
 from embed_pipeline.models.padding import set_padding
-from embed_pipeline.settings import TrainingSettings
 from embed_pipeline.training.arguments import check_steps, trainer_arguments
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.engines.seeded_rows import SeededRows
@@ -77,7 +77,7 @@ def prepare(job: EmbedderJob, rank: Rank, sources: list[TrainingSource], work: P
             negatives_cross_device=settings.negatives_cross_device and rank.world_size > 1,
             sentence_pooling_method=POOLING[encoding.pooling],
             normalize_embeddings=True,
-            sub_batch_size=settings.sub_batch_size,
+            sub_batch_size=settings.parts,
         ),
     )
     runner.model.model = model[0].model  # the same parameters in both, adapters included
@@ -104,7 +104,7 @@ def _gathered(rows: Tensor | None) -> Tensor | None:
 def write_rows(
     source: TrainingSource,
     negatives: Callable[[TrainingQuery], Sequence[str]],
-    settings: TrainingSettings,
+    settings: FittedSettings,
     work: Path,
     rank: Rank,
 ) -> Path:
