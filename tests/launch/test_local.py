@@ -235,6 +235,16 @@ def test_it_is_told_whether_trying_again_may_help(tmp_path: Path, recorded: obje
     assert raised.value.passing == passing
 
 
+def test_a_command_can_be_ended_where_the_launcher_itself_ignores_it(tmp_path: Path) -> None:
+    """As under Dagster in a script's background: the shell has it ignore SIGINT, which it takes for SIGTERM as well."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(TrainingError, match="SIGTERM"):
+            run_local(python("import os; os.kill(os.getpid(), 15)"), env={}, error_file=tmp_path / "error.json")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(("sign", "passing"), [(signal.SIGKILL, True), (signal.SIGTERM, True), (signal.SIGSEGV, False)])
 def test_a_torchrun_that_is_ended_by_another_may_be_tried_again(
     tmp_path: Path, sign: signal.Signals, passing: bool
