@@ -235,7 +235,8 @@ def connect(database: str = ":memory:", config: Mapping[str, str] | None = None)
 def count_split(cleaned: Path, split: str) -> int:
     """Queries of the own source in `split`, or its examples where it has none."""
     queries = cleaned / QUERIES_FILE
-    splits = pq.read_table(queries if queries.is_file() else cleaned / EXAMPLES_FILE, columns=["split"]).column("split")
+    table = queries if queries.is_file() else cleaned / EXAMPLES_FILE
+    splits = pq.read_table(table, columns=["split"], partitioning=None).column("split")
     return int(pc.sum(pc.equal(splits, split)).as_py() or 0)
 
 

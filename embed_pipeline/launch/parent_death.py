@@ -43,7 +43,7 @@ def end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    # A shell has what it starts in the background ignore SIGINT, Dagster then ignores SIGTERM, and exec would keep that.
+    # A shell makes what it starts in the background ignore SIGINT, Dagster then ignores SIGTERM, and exec keeps that.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
     os.execvp(sys.argv[1], sys.argv[1:])

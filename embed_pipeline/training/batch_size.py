@@ -15,6 +15,7 @@ from transformers import set_seed
 from embed_pipeline.errors import TrainingError
 from embed_pipeline.model_files import CHECKPOINTS_FOLDER
 from embed_pipeline.training.batches import batches_of
+from embed_pipeline.training.checkpoints import BATCH_SIZE_FILE
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.forecast import NEAR, less_memory
 from embed_pipeline.training.job import TrainingJob
@@ -33,7 +34,6 @@ from embed_pipeline.training.sources import TrainingSource
 logger = logging.getLogger(__name__)
 
 Job = TypeVar("Job", bound=TrainingJob)
-_FOUND = "batch_size.json"
 
 
 def prepare_with_batch_size(
@@ -52,7 +52,7 @@ def prepare_with_batch_size(
         )
     bound = job.settings.batch_size
     prepared = prepare(job)
-    known = recorded(job, _FOUND, rank)
+    known = recorded(job, BATCH_SIZE_FILE, rank)
     found = None if known is None else known.found
     if found is None:
         tried = prepared
@@ -63,7 +63,7 @@ def prepare_with_batch_size(
             raise TrainingError(f"not even batch_size 1 fits the GPU's memory. {advice}")
         if rank.is_main:
             logger.info("find_batch_size: %d is the largest that fits, of at most %d", found, bound)
-        record(job, _FOUND, rank, found)
+        record(job, BATCH_SIZE_FILE, rank, found)
     if found == bound:
         return job, prepared
     del prepared

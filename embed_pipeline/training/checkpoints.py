@@ -47,6 +47,8 @@ from embed_pipeline.training.reporting import Reporter
 logger = logging.getLogger(__name__)
 
 KEPT = 2  # the newest, and one more should it be broken
+# Beside them lies what was found about the memory before the first step: a training that goes on keeps it.
+BATCH_SIZE_FILE, SUB_BATCH_SIZE_FILE = "batch_size.json", "sub_batch_size.json"
 _MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
 _WEIGHTS = "weights.pt"
@@ -306,8 +308,10 @@ def _writer(job: TrainingJob, rank: Rank, prepared: Prepared[Any]) -> str:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints in `folder`, and it if nothing else lies there."""
+    """Delete the checkpoints in `folder` and what lies with them, and the folder if nothing else is there."""
     with suppress(OSError):
+        for name in (BATCH_SIZE_FILE, SUB_BATCH_SIZE_FILE):
+            (folder / name).unlink(missing_ok=True)
         for path in _by_step(folder):
             if (path / _MANIFEST).is_file():
                 shutil.rmtree(path, ignore_errors=True)

@@ -16,6 +16,7 @@ from embed_pipeline.models.shape import shape_of
 from embed_pipeline.settings import LossSettings
 from embed_pipeline.training.batch_size import fits, largest_that_fits, prepare_with_batch_size, record, recorded
 from embed_pipeline.training.batches import SourceBatches, batches_of
+from embed_pipeline.training.checkpoints import SUB_BATCH_SIZE_FILE
 from embed_pipeline.training.engines import Prepared
 from embed_pipeline.training.forecast import NEAR, Arithmetic, activation_bytes, gigabytes
 from embed_pipeline.training.job import EmbedderJob
@@ -34,7 +35,6 @@ from embed_pipeline.training.sources import TrainingSource
 logger = logging.getLogger(__name__)
 
 Prepare = Callable[[EmbedderJob, list[TrainingSource]], Prepared[SentenceTransformer]]
-_FOUND = "sub_batch_size.json"
 _PART = 8  # rows at most that a CPU is asked before it is known how many it can take
 
 
@@ -52,12 +52,12 @@ def prepare_within_memory(
     if not can_choose or job.settings.find_batch_size:
         found_job, prepared = prepare_with_batch_size(whole, rank, sources, lambda job: prepare(job, sources))
         return found_job, sources, prepared
-    known = recorded(job, _FOUND, rank)
+    known = recorded(job, SUB_BATCH_SIZE_FILE, rank)
     if known is None:
         prepared = prepare(whole, sources)
         needs = _needs_on_cpu(whole, rank, prepared, sources) if rank.device == "cpu" else []
         if all(from_all(_whole_fits(whole, rank, prepared, sources, needs))):
-            record(job, _FOUND, rank, None)
+            record(job, SUB_BATCH_SIZE_FILE, rank, None)
             return whole, sources, prepared
         del prepared
         if rank.device == "cpu":
@@ -65,7 +65,7 @@ def prepare_within_memory(
         else:
             torch.cuda.empty_cache()
             parts = _parts_on_gpu(job, rank, in_parts, prepare)
-        record(job, _FOUND, rank, parts)
+        record(job, SUB_BATCH_SIZE_FILE, rank, parts)
         if rank.is_main:
             logger.info("%s", _told(job, rank, needs, parts))
     elif known.found is None:

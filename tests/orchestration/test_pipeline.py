@@ -133,7 +133,7 @@ def _trainings_are_shown(result: dg.ExecuteInProcessResult) -> None:
         title, _, encoded = str(shown["curve"]).partition("](data:image/svg+xml;base64,")
         assert title == "![loss and the dev figure over steps"
         svg = base64.b64decode(encoded.removesuffix(")")).decode()
-        assert {">loss<", ">step<", ">dev ndcg_at_10<"} <= set(re.findall(r">[a-z_0-9 ]+<", svg))
+        assert {">loss<", ">step<", ">dev ndcg_at_10 (ring: kept)<"} <= set(re.findall(r">[a-z_0-9 (:)]+<", svg))
 
 
 def _mlflow_runs(small: SmallPipeline) -> dict[str, mlflow.entities.Run]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +18,10 @@ from embed_pipeline.champions import read_history
 from embed_pipeline.evaluation.gate import GateReport
 from embed_pipeline.evaluation.parity import write_parity
 from embed_pipeline.evaluation.results import EVALUATORS_FILE
+from embed_pipeline.fitting import FittedEmbedderSettings, FittedRerankerSettings, FittedSettings
 from embed_pipeline.model_files import JOB_FILE, MODEL_FOLDER, SERVING_FILE
 from embed_pipeline.models.collection import load_collection
-from embed_pipeline.settings import EmbedderSettings, RerankerSettings, TrackingSettings
+from embed_pipeline.settings import TrackingSettings
 from embed_pipeline.tables import QUERIES_FILE
 from embed_pipeline.tracking.promotion import Promoted, promote
 from embed_pipeline.tracking.registry import Candidate
@@ -33,6 +33,9 @@ WORDS = ("river", "stone", "cloud", "engine", "paper", "window", "garden")
 QUESTIONS = [f"where is the {word} of the castle" for word in WORDS]
 ANSWERS = [f"{question[13:]} lies behind the gate, next to the well" for question in QUESTIONS]
 LONG = " ".join(["a very long question about a copper lantern in the valley"] * 20)
+
+
+FITTED = {"learning_rate": 1e-4, "batch_size": 16, "train_group_size": 5, "random_negatives": 0}
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Workshop:
             "embedder",
             recipe(inputs={"cleaned_pairs": cleaned.content}),
             [cleaned],
-            lambda out: self._train(out, EmbedderJob, EmbedderSettings, self.embedder, seed),
+            lambda out: self._train(out, EmbedderJob, FittedEmbedderSettings, self.embedder, seed),
         ).artifact
         if merged:
             embedder = produce(
@@ -82,7 +85,7 @@ class Workshop:
                 "reranker",
                 recipe(inputs={embedder.manifest.asset: embedder.content}),
                 [cleaned, embedder],
-                lambda out: self._train(out, RerankerJob, RerankerSettings, self.reranker, seed),
+                lambda out: self._train(out, RerankerJob, FittedRerankerSettings, self.reranker, seed),
             ).artifact
         evaluation = produce(
             "evaluation",
@@ -117,7 +120,7 @@ class Workshop:
         self,
         out: Path,
         job: type[EmbedderJob] | type[RerankerJob],
-        settings: Callable[..., EmbedderSettings | RerankerSettings],
+        settings: type[FittedSettings],
         base: Path,
         seed: int,
     ) -> Made:
@@ -131,7 +134,9 @@ class Workshop:
         (out / SERVING_FILE).write_text(json.dumps({"embedder_weight": 0.4}))
         more = {"dev_candidates": Path("candidates.parquet")} if job is RerankerJob else {}
         described = job(
-            settings=settings(base_model={"path": str(base), "trust_remote_code": self.trusted}),
+            settings=settings.model_validate(
+                {"base_model": {"path": str(base), "trust_remote_code": self.trusted}, **FITTED}
+            ),
             seed=seed,
             base_model=base,
             trust_remote_code=self.trusted,
