@@ -35,7 +35,7 @@ ANSWERS = [f"{question[13:]} lies behind the gate, next to the well" for questio
 LONG = " ".join(["a very long question about a copper lantern in the valley"] * 20)
 
 
-FITTED = {"learning_rate": 1e-4, "batch_size": 16, "train_group_size": 5, "random_negatives": 0}
+FITTED: dict[str, Any] = {"learning_rate": 1e-4, "batch_size": 16, "train_group_size": 5}
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,11 @@ class Workshop:
         save_file(changed, weights, metadata={"format": "pt"})
         (out / MODEL_FOLDER / "README.md").write_text("# a model\n")
         (out / SERVING_FILE).write_text(json.dumps({"embedder_weight": 0.4}))
+        of_kind = {"random_negatives": 0} if job is RerankerJob else {}
         more = {"dev_candidates": Path("candidates.parquet")} if job is RerankerJob else {}
         described = job(
             settings=settings.model_validate(
-                {"base_model": {"path": str(base), "trust_remote_code": self.trusted}, **FITTED}
+                {"base_model": {"path": str(base), "trust_remote_code": self.trusted}, **FITTED, **of_kind}
             ),
             seed=seed,
             base_model=base,
