@@ -35,7 +35,7 @@ ANSWERS = [f"{question[13:]} lies behind the gate, next to the well" for questio
 LONG = " ".join(["a very long question about a copper lantern in the valley"] * 20)
 
 
-FITTED: dict[str, Any] = {"learning_rate": 1e-4, "batch_size": 16, "train_group_size": 5}
+FITTED: dict[str, Any] = {"learning_rate": 2e-5, "batch_size": 16, "train_group_size": 5}
 
 
 @dataclass(frozen=True)
