@@ -218,9 +218,9 @@ def measure_training(
     model: Model, base: Path, words: list[str], home: Path, device: str, sizes: Sizes
 ) -> dict[str, Any]:
     """Samples and tokens a second of our job on one process, its operations, and its memory."""
+    from embed_pipeline.fitting import FittedEmbedderSettings
     from embed_pipeline.launch.torchrun import torchrun_command
     from embed_pipeline.model_files import SUMMARY_FILE
-    from embed_pipeline.settings import EmbedderSettings
     from embed_pipeline.training.job import EmbedderJob
 
     count = sizes.batch_size * sizes.steps
@@ -233,13 +233,14 @@ def measure_training(
         "encoding": {"query_max_length": QUERY_TOKENS, "passage_max_length": sizes.passage_tokens},
         "max_steps": sizes.steps,
         "batch_size": sizes.batch_size,
+        "learning_rate": 2e-5,
         "train_group_size": 2,
         "sub_batch_size": None,
         "find_batch_size": device == "cuda",
         "checkpoint_minutes": None,
     }
     job = EmbedderJob(
-        settings=EmbedderSettings.model_validate(settings),
+        settings=FittedEmbedderSettings.model_validate(settings),
         seed=1,
         base_model=base,
         source_name="gpu_check",

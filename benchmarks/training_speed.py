@@ -292,8 +292,8 @@ def torchrun(processes: int) -> list[str]:
 
 def our_command(name: str, processes: int, settings: Settings, rows: list[Row], folder: Path) -> list[str]:
     from embed_pipeline import tables
+    from embed_pipeline.fitting import FittedEmbedderSettings, FittedRerankerSettings
     from embed_pipeline.launch.torchrun import torchrun_command
-    from embed_pipeline.settings import EmbedderSettings, RerankerSettings
     from embed_pipeline.training.job import EmbedderJob, RerankerJob
 
     tables_folder = folder / "tables"
@@ -321,10 +321,11 @@ def our_command(name: str, processes: int, settings: Settings, rows: list[Row], 
     job: EmbedderJob | RerankerJob
     if settings.kind == "embedder":
         chosen |= {"encoding": lengths, "temperature": settings.temperature, "sub_batch_size": None}
-        job = EmbedderJob(settings=EmbedderSettings.model_validate(chosen), **common)
+        job = EmbedderJob(settings=FittedEmbedderSettings.model_validate(chosen), **common)
     else:
         grouped = {"batch_sampler": "group_by_length"} if settings.comparison == "grouped" else {}
-        reranker = RerankerSettings.model_validate({**chosen, **lengths, **grouped})
+        random = {"random_negatives": 0}
+        reranker = FittedRerankerSettings.model_validate({**chosen, **lengths, **grouped, **random})
         candidates = tables_folder / tables.CANDIDATES_FILE
         job = RerankerJob(settings=reranker, dev_candidates=candidates, **common)
     return torchrun_command("training_speed", job.write(folder / "job.json"), processes)

@@ -6,6 +6,7 @@ import os
 import pwd
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def start(tiny_bert_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> S
     @contextmanager
     def started(pipelines: dict[str, dict[str, Any]], **variables: str) -> Iterator[StartedServices]:
         folder = tmp_path_factory.mktemp("deployed")
-        for parent in (folder, *folder.parents[:2]):  # the user postgres has to reach its folder
-            parent.chmod(0o755)
+        for parent in takewhile(lambda path: not path.stat().st_mode & 0o001, (folder, *folder.parents)):
+            parent.chmod(0o755)  # the user postgres has to reach its folder
         for name, changed in pipelines.items():
             write_pipeline(folder / "pipelines", {**settings_of(tiny_bert_folder), "name": name, **changed})
             (folder / "pipelines" / "small").rename(folder / "pipelines" / name)

@@ -29,6 +29,7 @@ def command_of(target: str, home: Path) -> list[str]:
         [
             "make",
             "--dry-run",
+            "--no-print-directory",  # which make tells where it was started by another make
             "--assume-old=setup",
             target,
             f"BIN={Path(sys.executable).parent}",
