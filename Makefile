@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow gpu-check benchmarks mutation docs ui mlflow clean
+.PHONY: help setup demo test test-slow test-services gpu-check benchmarks mutation docs ui mlflow clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ demo: setup  ## train and evaluate on the demo's data, then show the report
 test: setup  ## lint, type check and test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" $(IN_PARALLEL)
+	$(BIN)/python -m pytest -m "not slow and not services" --durations 20 $(IN_PARALLEL)
 
 test-slow: setup  ## the tests that take longer than a minute each (CI runs them after `make test`)
 	$(BIN)/python -m pytest -m slow --durations 30 $(IN_PARALLEL)
@@ -41,6 +41,9 @@ gpu-check: setup  ## on a machine with an NVIDIA GPU: its tests, its speed and i
 
 benchmarks: setup  ## measure every claim, and write the table of benchmarks/README.md anew (two hours, alone)
 	$(BIN)/python benchmarks/run_all.py $(if $(INTENTS),--intents $(INTENTS))
+
+test-services: setup  ## the deployment's services with PostgreSQL, on a quiet machine (some ten minutes; not in CI)
+	$(BIN)/python -m pytest -m services --durations 10
 
 mutation: setup  ## MODULE=evaluation.gate: which bugs put into it do its tests miss? (several minutes)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutation]'

@@ -66,7 +66,7 @@ def started(command: list[str], folder: Path, **variables: str) -> Iterator[psut
         psutil.wait_procs(alive, timeout=20)
 
 
-@pytest.mark.slow
+@pytest.mark.services
 @pytest.mark.parametrize(("target", "page"), [("ui", "server_info"), ("mlflow", "health")])
 def test_a_service_of_the_makefile_listens_on_loopback(target: str, page: str, tmp_path: Path) -> None:
     port = free_port()

@@ -15,7 +15,7 @@ from tests.deployment.conftest import Start
 from tests.deployment.started_services import StartedServices
 from tests.deployment.webserver import Webserver, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.services
 
 STORE = "/var/lib/embed_pipeline/store"
 TRAINED = ("embedder", "reranker", "evaluation")
