@@ -14,7 +14,7 @@ IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker
 .PHONY: help setup demo test test-slow test-services gpu-check benchmarks mutation docs ui mlflow clean
 
 help:  ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## create .venv with the tested versions
 
