@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from embed_pipeline.errors import ModelError
+from embed_pipeline.evaluation.figure import Figure, interval
 from embed_pipeline.evaluation.parity import Parity
 from embed_pipeline.exporting.forms import (
     LARGEST_SCORE_DIFFERENCE,
@@ -29,7 +30,7 @@ from embed_pipeline.exporting.forms import (
     why_not,
 )
 from embed_pipeline.exporting.graph import quantise_onnx, write_onnx, write_openvino, write_reranker_onnx
-from embed_pipeline.exporting.measure import Encoded, Measured, TestSplit, texts_per_second
+from embed_pipeline.exporting.measure import Encoded, TestSplit, texts_per_second
 from embed_pipeline.exporting.runtime import ExportedEmbedder, ExportedReranker
 from embed_pipeline.exporting.snippets import BINARY, INT8, cut_snippet, graph_snippet, reranker_snippet
 from embed_pipeline.exporting.vectors import BinaryVectors, CutVectors, Int8Vectors, VectorForm, least_cosine
@@ -121,7 +122,7 @@ class _Exports:
     out: Path
     original: Embedder
     encoded: Encoded
-    measured: Measured = field(init=False)
+    measured: Figure = field(init=False)
     timed: Embedder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -236,13 +237,15 @@ class _Exports:
             keep,
         )
 
-    def _judged(
-        self, form: FormResult, measured: Measured, cosine: float, keep: Callable[[Path], object]
-    ) -> FormResult:
+    def _judged(self, form: FormResult, measured: Figure, cosine: float, keep: Callable[[Path], object]) -> FormResult:
         """With its figures; its files are kept where they allow it."""
         difference = measured.value - self.measured.value
         reason = why_not(form.name, difference, cosine, self.settings.max_loss, metric_name(self.test.metric))
-        interval = self.test.interval(self.measured, measured, self.evaluation, self.seed)
+        samples, confidence = self.evaluation.bootstrap_samples, self.evaluation.confidence
+        low, high = interval(self.measured, measured, samples=samples, confidence=confidence, seed=self.seed) or (
+            None,
+            None,
+        )
         if reason is None:
             keep(_new(self.out / form.name))
         else:
@@ -253,8 +256,8 @@ class _Exports:
                 "reason": reason,
                 "value": measured.value,
                 "difference": difference,
-                "interval_low": interval[0] if interval else None,
-                "interval_high": interval[1] if interval else None,
+                "interval_low": low,
+                "interval_high": high,
                 "min_cosine": cosine,
             }
         )

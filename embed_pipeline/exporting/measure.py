@@ -13,14 +13,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embed_pipeline.errors import ArtifactError
-from embed_pipeline.evaluation.correlation import bootstrap_difference, spearman
+from embed_pipeline.evaluation.correlation import spearman
+from embed_pipeline.evaluation.figure import Figure
 from embed_pipeline.evaluation.metrics import ndcg_at_10
-from embed_pipeline.evaluation.significance import paired_bootstrap
 from embed_pipeline.exporting.vectors import VectorForm
 from embed_pipeline.mining.retrieve import sample_rows
 from embed_pipeline.models.collection import load_collection
 from embed_pipeline.models.search import search
-from embed_pipeline.settings import EvaluationSettings, ExportSettings
+from embed_pipeline.settings import ExportSettings
 from embed_pipeline.tables import EXAMPLES_FILE
 
 _TOP_K = 10
@@ -48,12 +48,6 @@ class Encoded:
         return min(float((mine.astype(np.float64) * theirs).sum(axis=1).min()) for mine, theirs in sides)
 
 
-@dataclass(frozen=True)
-class Measured:
-    value: float
-    per_item: np.ndarray  # (n,) nDCG@10 of each question, or similarity of each pair
-
-
 class TestSplit(Protocol):
     """The questions or pairs of the test split."""
 
@@ -67,14 +61,8 @@ class TestSplit(Protocol):
     def calibration(self, embedder: Encodes, encoded: Encoded) -> np.ndarray:
         """Embeddings of train texts (n, d)."""
 
-    def measure(self, encoded: Encoded, form: VectorForm | None = None) -> Measured:
+    def measure(self, encoded: Encoded, form: VectorForm | None = None) -> Figure:
         """The metric where the right side is kept in `form`; None: as float32."""
-
-    def interval(self, original: Measured, other: Measured, evaluation: EvaluationSettings, seed: int) -> Interval: ...
-
-
-Interval = tuple[float, float] | None
-"""Of the difference of two measurements; None where none can be told."""
 
 
 def load_test_split(cleaned: Path, settings: ExportSettings, seed: int, *, scored: bool) -> TestSplit:
@@ -109,7 +97,7 @@ class RetrievalTest:
     def calibration(self, embedder: Encodes, encoded: Encoded) -> np.ndarray:
         return encoded.right[self._trained]
 
-    def measure(self, encoded: Encoded, form: VectorForm | None = None) -> Measured:
+    def measure(self, encoded: Encoded, form: VectorForm | None = None) -> Figure:
         if form is None:
             indices, _ = search(encoded.left, encoded.right, _TOP_K)
         else:
@@ -121,16 +109,7 @@ class RetrievalTest:
         }
         by_query = ndcg_at_10(self._qrels, run)
         per_item = np.array([by_query[str(self._collection.query_ids[row])] for row in self._rows])
-        return Measured(float(per_item.mean()), per_item)
-
-    def interval(self, original: Measured, other: Measured, evaluation: EvaluationSettings, seed: int) -> Interval:
-        found = paired_bootstrap(
-            (other.per_item - original.per_item)[:, None],
-            samples=evaluation.bootstrap_samples,
-            confidence=evaluation.confidence,
-            seed=seed,
-        )
-        return float(found.low[0]), float(found.high[0])
+        return Figure(float(per_item.mean()), per_item)
 
 
 class ScoredTest:
@@ -160,23 +139,13 @@ class ScoredTest:
     def calibration(self, embedder: Encodes, encoded: Encoded) -> np.ndarray:
         return embedder.encode_passages(self._trained)
 
-    def measure(self, encoded: Encoded, form: VectorForm | None = None) -> Measured:
+    def measure(self, encoded: Encoded, form: VectorForm | None = None) -> Figure:
         left, right = encoded.left, encoded.right
         if form is not None:
             left, right = form.asked(left), form.restore(form.store(right))
         similarity = (left.astype(np.float64) * right).sum(axis=1)
         similarity /= np.maximum(np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1), 1e-12)
-        return Measured(spearman(similarity, self._expected), similarity)
-
-    def interval(self, original: Measured, other: Measured, evaluation: EvaluationSettings, seed: int) -> Interval:
-        return bootstrap_difference(
-            original.per_item,
-            other.per_item,
-            self._expected,
-            samples=evaluation.bootstrap_samples,
-            confidence=evaluation.confidence,
-            seed=seed,
-        )
+        return Figure(spearman(similarity, self._expected), similarity, self._expected)
 
 
 def texts_per_second(encode: Callable[[Sequence[str]], object], texts: Sequence[str]) -> float:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from embed_pipeline.models.folder import own_lengths, own_prompts
-from embed_pipeline.tables import EXAMPLES_FILE, PASSAGES_FILE, QUERIES_FILE, passage_text
+from embed_pipeline.tables import EXAMPLES_FILE, PASSAGES_FILE, QUERIES_FILE, connect, count_split, passage_text
 
 _TOKENIZER_FILE = "tokenizer.json"
 _LONGEST = 8  # texts that are tokenized to know how long the longest is
@@ -73,7 +74,7 @@ def _fitted(tokens: np.ndarray, limit: int) -> int:
 
 def _sample(cleaned: Path) -> tuple[list[str], list[str]]:
     """Train queries and passages; or the sentences of train as both."""
-    with duckdb.connect() as database:
+    with connect() as database:
         if (cleaned / QUERIES_FILE).is_file():
             queries = _rows(database, cleaned / QUERIES_FILE, "query, NULL", "query_id", "WHERE split = 'train'")
             passages = _rows(database, cleaned / PASSAGES_FILE, "text, title", "passage_id", "")
@@ -89,8 +90,8 @@ def _rows(
     database: duckdb.DuckDBPyConnection, table: Path, columns: str, key: str, condition: str
 ) -> list[tuple[str, str | None]]:
     return database.execute(
-        f"SELECT {columns} FROM read_parquet('{_quoted(table)}', hive_partitioning=false) {condition} "
-        f"ORDER BY md5({key}), {key} LIMIT {_SAMPLE}"
+        f"SELECT {columns} FROM stored($table) {condition} ORDER BY md5({key}), {key} LIMIT {_SAMPLE}",
+        {"table": str(table)},
     ).fetchall()
 
 
@@ -112,28 +113,22 @@ def longest_texts(cleaned: Path, folder: Path, query_limit: int, passage_limit: 
     tokenizer = _tokenizer(folder)
     if tokenizer is None:
         return None
-    with duckdb.connect() as database:
-        queries = f"read_parquet('{_quoted(cleaned / QUERIES_FILE)}', hive_partitioning=false)"
-        passages = f"read_parquet('{_quoted(cleaned / PASSAGES_FILE)}', hive_partitioning=false)"
+    with connect() as database:
+        queries, passages = ({"table": str(cleaned / name)} for name in (QUERIES_FILE, PASSAGES_FILE))
         texts = database.execute(
-            f"SELECT query FROM {queries} WHERE split = 'train' ORDER BY length(query) DESC LIMIT {_LONGEST}"
+            f"SELECT query FROM stored($table) WHERE split = 'train' ORDER BY length(query) DESC LIMIT {_LONGEST}",
+            queries,
         ).fetchall()
-        count = _count(database, f"{queries} WHERE split = 'train'")
-        rank = 3 * _count(database, passages) // max(3, count)
+        rank = 3 * pq.read_metadata(cleaned / PASSAGES_FILE).num_rows // max(3, count_split(cleaned, "train"))
         long = database.execute(
-            f"SELECT title, text FROM {passages} ORDER BY length(text) DESC LIMIT {_LONGEST} OFFSET {rank}"
+            f"SELECT title, text FROM stored($table) ORDER BY length(text) DESC LIMIT {_LONGEST} OFFSET {rank}",
+            passages,
         ).fetchall()
     if not texts or not long:
         return None
     of_queries = _tokens(tokenizer, [text for (text,) in texts], query_limit)
     of_passages = _tokens(tokenizer, [passage_text(title, text) for title, text in long], passage_limit)
     return LongestTexts(int(of_queries.max()), int(np.median(of_passages)))
-
-
-def _count(database: duckdb.DuckDBPyConnection, rows: str) -> int:
-    found = database.execute(f"SELECT count(*) FROM {rows}").fetchone()
-    assert found is not None
-    return int(found[0])
 
 
 def _tokens(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> np.ndarray:
@@ -151,7 +146,3 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
         return None
     told = json.loads(path.read_text())
     return Tokenizer.from_str(json.dumps({**told, "truncation": None, "padding": None}))
-
-
-def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")
